@@ -1,0 +1,515 @@
+"""
+Text to tokens to batches.
+
+    corpus    documents, read piece by piece: a 2 GB text never lies in memory
+    tokenizer byte-level BPE, trained on the training part; every Unicode string survives it
+    tokens    memory-mapped files of uint16 or uint32, a document being bos + text + eos
+    batches   a pure function of (seed, step), so that a resumed run sees what it would have seen
+
+Prepared tokens lie in ~/.cache/deepseek-py (or $DEEPSEEK_CACHE), under a name made from the
+text's own hash: a changed text or vocabulary is prepared anew, an unchanged one never twice.
+"""
+
+from __future__ import annotations
+
+import array
+import codecs
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
+TEMPLATE = "User: {instruction}\n\nAssistant: "  # DeepSeek-V2's chat; the answer and eos follow
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
+FORMAT = 1  # of the prepared files; another number means: prepare again
+PIECE = 2**20  # characters of a long document that are handled at a time
+TOKENIZER_TEXT = 100 * 2**20  # characters that the tokenizer learns from, spread over the corpus
+IGNORE = -100  # a target that counts nothing
+
+HUB = {"tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt")}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one sentence for the user."""
+
+
+# ----------------------------------------------------------------------------------------------
+# Corpora: where documents come from
+# ----------------------------------------------------------------------------------------------
+
+
+def find_corpus(source: str) -> list[Path]:
+    """The files behind a --data value: a .txt, a .jsonl, a folder of .txt, or a hub corpus."""
+    if source in HUB:
+        return [download(*HUB[source])]
+    path = Path(source)
+    if path.is_dir():
+        if not (files := sorted(path.rglob("*.txt"))):
+            raise DataError(f"folder {source} holds no .txt file: put the texts there")
+        return files
+    if not path.is_file():
+        raise DataError(
+            f"data {source!r} is neither a file, nor a folder, nor one of {', '.join(HUB)}"
+        )
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"data {source!r} must end in .txt or .jsonl, or be a folder of .txt")
+    return [path]
+
+
+def download(repo: str, name: str) -> Path:
+    """One file of a data set on the Hugging Face hub, kept (and resumed) in the hub's cache."""
+    import huggingface_hub  # comes with tokenizers
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset"))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise DataError(
+            f"{repo} cannot be downloaded ({type(error).__name__}: no network?): "
+            f"fetch {name} elsewhere and give its path with --data"
+        ) from error
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in chunks; a wrong byte ends in a DataError with its position."""
+    decoder, position = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(PIECE):
+                pending = len(decoder.getstate()[0])
+                yield decoder.decode(chunk)
+                position += len(chunk)
+            pending = len(decoder.getstate()[0])
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        at = position - pending + error.start
+        raise DataError(f"{path} is not UTF-8 text: byte {at} is wrong; convert it") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_documents(files: list[Path]) -> Iterator[tuple[int, str]]:
+    """(document number, piece of its text), a long document in several pieces, none empty."""
+    document = 0
+    for path in files:
+        read = _jsonl_documents if path.suffix == ".jsonl" else _txt_documents
+        for ends, text in read(path):
+            if text:
+                yield document, text
+            document += ends
+
+
+def _txt_documents(path: Path) -> Iterator[tuple[bool, str]]:
+    buffer, started = "", False
+    for chunk in read_text(path):
+        *complete, buffer = (buffer + chunk).split(SEPARATOR)
+        for text in complete:
+            yield True, text.rstrip() if started else text.strip()
+            started = False
+        if len(buffer) > PIECE:
+            # leave what may be the beginning of a separator; prefer to cut before a new line
+            cut = max(buffer.rfind("\n", 0, len(buffer) - len(SEPARATOR)), PIECE // 2)
+            yield False, buffer[:cut] if started else buffer[:cut].lstrip()
+            buffer, started = buffer[cut:], True
+    yield True, buffer.rstrip() if started else buffer.strip()
+
+
+def _jsonl_documents(path: Path) -> Iterator[tuple[bool, str]]:
+    buffer, number = "", 0
+
+    def parse(line: str) -> str:
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise DataError(f'{path} line {number} is not a JSON object with a "text"')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path} line {number} holds half a surrogate pair") from error
+        return text.strip()
+
+    for chunk in _with_end(read_text(path)):
+        *complete, buffer = (buffer + chunk).split("\n")
+        for line in complete:
+            number += 1
+            if line.strip():
+                yield True, parse(line)
+
+
+def _with_end(chunks: Iterable[str]) -> Iterator[str]:
+    yield from chunks
+    yield "\n"  # so that the last line ends like the others
+
+
+@dataclass
+class Scan:
+    """What one pass over a corpus finds out."""
+
+    digest: str  # hash of all text
+    characters: int
+    documents: int
+    heldout: dict[int, int]  # document -> the character from which on it is held out
+
+
+def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
+    """Hash a corpus and choose what is held out of training: about every 25th document, by the
+    hash of its text, so that equal documents stay on one side; of fewer than 100 documents the
+    last twentieth of each."""
+    whole, lengths, chosen = hashlib.blake2b(), array.array("Q"), []
+    number, own = -1, None
+
+    def close() -> None:
+        if own is not None:
+            whole.update(own.digest())
+            if int.from_bytes(own.digest()[:8], "little") % 25 == 0:
+                chosen.append(len(lengths) - 1)
+
+    numbers = array.array("Q")
+    for document, text in pieces:
+        if document != number:
+            close()
+            number, own = document, hashlib.blake2b()
+            lengths.append(0)
+            numbers.append(document)
+        own.update(text.encode())
+        lengths[-1] += len(text)
+    close()
+    if len(lengths) >= 100:
+        heldout = {numbers[i]: 0 for i in chosen}
+    else:
+        heldout = {n: length - length // 20 for n, length in zip(numbers, lengths, strict=True)}
+    return Scan(whole.hexdigest(), sum(lengths), len(lengths), heldout)
+
+
+def split(
+    pieces: Iterable[tuple[int, str]], heldout: dict[int, int]
+) -> Iterator[tuple[str, int, str]]:
+    """Mark each piece as ("train" or "val", document, text)."""
+    number, at = -1, 0
+    for document, text in pieces:
+        if document != number:
+            number, at = document, 0
+        cut = min(max(heldout.get(document, 2**63) - at, 0), len(text))
+        at += len(text)
+        if cut > 0:
+            yield "train", document, text[:cut]
+        if cut < len(text):
+            yield "val", document, text[cut:]
+
+
+# ----------------------------------------------------------------------------------------------
+# The tokenizer
+# ----------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with at most vocab_size tokens: bos = 0, eos = 1, 256 bytes, merges."""
+    if vocab_size < 258:
+        raise DataError(f"vocab_size = {vocab_size} must be at least 258: 256 bytes, bos and eos")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def with_template() -> Iterator[str]:  # fine-tuning will need its words
+        yield TEMPLATE
+        yield from texts
+
+    tokenizer.train_from_iterator(with_template(), trainer)
+    return literal(tokenizer)
+
+
+def literal(tokenizer: Tokenizer) -> Tokenizer:
+    """Make special tokens that occur in a text plain text: only this program places them."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from its JSON. Raises DataError when it is not one, or lacks bos and eos."""
+    try:
+        tokenizer = literal(Tokenizer.from_str(text))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer cannot be read: {error}") from error
+    if tokenizer.token_to_id(BOS) is None or tokenizer.token_to_id(EOS) is None:
+        raise DataError(f"the tokenizer lacks {BOS} or {EOS}")
+    return tokenizer
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for; special tokens for none: [ids], int64."""
+    size = tokenizer.get_vocab_size()
+    names = [tokenizer.id_to_token(i) or "" for i in range(size)]
+    return np.array([0 if n in (BOS, EOS) else len(n) for n in names])
+
+
+# ----------------------------------------------------------------------------------------------
+# Token files
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """Documents in a row, each bos + text + eos."""
+
+    ids: np.ndarray  # [n] uint16 or uint32, memory-mapped
+    starts: np.ndarray  # [documents + 1]: where each begins, and the end
+
+
+@dataclass
+class Dataset:
+    """A corpus, ready to train on."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: Tokens
+    val: Tokens
+    folder: Path
+
+
+def cache_folder(fallback: Path) -> Path:
+    """$DEEPSEEK_CACHE or ~/.cache/deepseek-py; where that cannot be written, below fallback."""
+    for folder in (os.environ.get("DEEPSEEK_CACHE"), Path("~/.cache/deepseek-py")):
+        if folder:
+            try:
+                folder = Path(folder).expanduser()
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
+            except (OSError, RuntimeError):  # RuntimeError: there is no home
+                continue
+    return fallback / "cache"
+
+
+def prepare(source: str, vocab_size: int, cache: Path) -> Dataset:
+    """Tokenise a corpus, or find it prepared. Raises DataError, one sentence, if it is unusable."""
+    files = find_corpus(source)
+    name = Path(source).stem or "data"
+    size = sum(f.stat().st_size for f in files)
+    with tqdm(
+        total=size, unit="B", unit_scale=True, desc="reading", leave=False, disable=None
+    ) as b:
+        found = scan(_counted(read_documents(files), b))
+    if not found.documents:
+        raise DataError(f"data {source!r} is empty: it holds no text")
+    key = f"{found.digest} {vocab_size} {FORMAT} {tokenizers.__version__}"
+    folder = cache / f"{name}-{vocab_size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Built under another name and renamed when complete: a half-written one is never found.
+        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=cache))
+        try:
+            _write_tokens(files, found, vocab_size, partial)
+            try:
+                os.rename(partial, folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Dataset(
+        name=name,
+        tokenizer=load_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8")),
+        train=_open_tokens(folder, "train"),
+        val=_open_tokens(folder, "val"),
+        folder=folder,
+    )
+
+
+def _counted(pieces: Iterable[tuple[int, str]], bar: tqdm) -> Iterator[tuple[int, str]]:
+    for document, text in pieces:
+        bar.update(len(text))
+        yield document, text
+
+
+def _write_tokens(files: list[Path], found: Scan, vocab_size: int, folder: Path) -> None:
+    def parts() -> Iterator[tuple[str, int, str]]:
+        return split(read_documents(files), found.heldout)
+
+    stride = 1 + found.characters // TOKENIZER_TEXT
+    sampled = (
+        text for i, (part, _, text) in enumerate(parts()) if part == "train" and not i % stride
+    )
+    tokenizer = train_tokenizer(sampled, vocab_size)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    with tqdm(
+        total=found.characters,
+        unit="B",
+        unit_scale=True,
+        desc="tokenising",
+        leave=False,
+        disable=None,
+    ) as bar:
+        writers = {part: _Writer(folder, part, dtype, tokenizer) for part in ("train", "val")}
+        for group in _groups(parts()):
+            encoded = tokenizer.encode_batch_fast([text for _, _, text in group])
+            for (part, document, text), encoding in zip(group, encoded, strict=True):
+                writers[part].add(document, encoding.ids)
+                bar.update(len(text))
+        for writer in writers.values():
+            writer.close()
+
+
+def _groups(parts: Iterable[tuple[str, int, str]]) -> Iterator[list[tuple[str, int, str]]]:
+    group, size = [], 0
+    for part in parts:
+        group.append(part)
+        size += len(part[2])
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+class _Writer:
+    """Writes documents that come in pieces as bos + ids + eos."""
+
+    def __init__(self, folder: Path, part: str, dtype, tokenizer: Tokenizer):
+        self.file, self.path = open(folder / f"{part}.bin", "wb"), folder / f"{part}.npy"
+        self.bos, self.eos = ([tokenizer.token_to_id(t)] for t in (BOS, EOS))
+        self.dtype, self.document, self.length, self.starts = dtype, None, 0, array.array("Q")
+
+    def add(self, document: int, ids: list[int]) -> None:
+        if document != self.document:
+            self._write(self.eos if self.document is not None else [])
+            self.document = document
+            self.starts.append(self.length)
+            self._write(self.bos)
+        self._write(ids)
+
+    def close(self) -> None:
+        self._write(self.eos if self.document is not None else [])
+        self.starts.append(self.length)
+        np.save(self.path, np.array(self.starts, dtype=np.int64))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def _write(self, ids: list[int]) -> None:
+        self.file.write(np.array(ids, dtype=self.dtype).tobytes())
+        self.length += len(ids)
+
+
+def _open_tokens(folder: Path, part: str) -> Tokens:
+    starts, path = np.load(folder / f"{part}.npy"), folder / f"{part}.bin"
+    if not starts[-1]:
+        return Tokens(np.zeros(0, np.uint16), starts)
+    dtype = {2: np.uint16, 4: np.uint32}[path.stat().st_size // int(starts[-1])]
+    return Tokens(np.memmap(path, dtype, "r"), starts)
+
+
+# ----------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Training batches; `at(step)` depends on the seed and the step alone.
+
+    Every row begins where a document begins, or at a multiple of seq_len within a long one. The
+    documents behind it follow without a mask between them, as DeepSeek trains. Rows come in an
+    order that is shuffled anew for each epoch.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, seq_len: int, seed: int):
+        self.ids, self.batch_size, self.seq_len, self.seed = tokens.ids, batch_size, seq_len, seed
+        rows = -(-np.diff(tokens.starts) // seq_len)  # per document
+        within = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
+        starts = np.repeat(tokens.starts[:-1], rows) + within * seq_len
+        self.starts = starts[starts + seq_len < len(tokens.ids)]
+        if not len(self.starts):
+            raise DataError(
+                f"the text has only {len(tokens.ids)} tokens, fewer than one row of seq_len ="
+                f" {seq_len}: give more text or a smaller --seq_len"
+            )
+        self.epoch, self.order = -1, np.zeros(0, np.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step (from 0): 2 x [batch_size, seq_len] int64."""
+        picked = []
+        for row in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(row, len(self.starts))
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch, self.order = epoch, rng.permutation(len(self.starts))
+            start = self.starts[self.order[place]]
+            picked.append(self.ids[start : start + self.seq_len + 1])
+        rows = torch.from_numpy(np.stack(picked).astype(np.int64))  # B T+1
+        return rows[:, :-1], rows[:, 1:]
+
+
+@dataclass
+class Windows:
+    """Held-out documents cut into rows that cover every token once; see `windows`."""
+
+    rows: list[tuple[Tensor, Tensor]]  # inputs and targets [b, t], padded with IGNORE
+    tokens: int  # targets that count, eos included
+    bytes: int  # bytes of text that these targets stand for
+
+
+def windows(
+    tokens: Tokens, sizes: np.ndarray, seq_len: int, batch_size: int, limit: int | None = None
+) -> Windows:
+    """Each document from its start, in rows of seq_len, until `limit` tokens; sizes: token_bytes.
+
+    Rows of like length share a batch, so that little is padding.
+    """
+    rows, count, n_bytes = [], 0, 0
+    for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
+        for at in range(start, end - 1, seq_len):
+            if limit is not None and count >= limit:
+                break
+            ids = tokens.ids[at : min(at + seq_len + 1, end)].astype(np.int64)
+            rows.append(ids)
+            count += len(ids) - 1
+            n_bytes += int(sizes[ids[1:]].sum())
+    rows.sort(key=len, reverse=True)
+    batches = []
+    for i in range(0, len(rows), batch_size):
+        group = rows[i : i + batch_size]
+        inputs = torch.zeros(len(group), len(group[0]) - 1, dtype=torch.long)
+        targets = torch.full_like(inputs, IGNORE)
+        for j, ids in enumerate(group):
+            inputs[j, : len(ids) - 1] = torch.from_numpy(ids[:-1])
+            targets[j, : len(ids) - 1] = torch.from_numpy(ids[1:])
+        batches.append((inputs, targets))
+    return Windows(batches, count, n_bytes)
+
+
+def tokenize_file(path: str, tokenizer: Tokenizer) -> Tokens:
+    """The documents of a text file as tokens in memory, to be scored."""
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    ids, starts, number = [], [], None
+    for document, text in read_documents(find_corpus(path)):
+        if document != number:
+            ids += [eos] if number is not None else []
+            starts.append(len(ids))
+            ids.append(bos)
+            number = document
+        ids += tokenizer.encode(text).ids
+    if not ids:
+        raise DataError(f"{path} is empty: there is nothing to score")
+    ids.append(eos)
+    return Tokens(np.array(ids, np.uint32), np.array([*starts, len(ids)]))

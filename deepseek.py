@@ -1,0 +1,1019 @@
+"""
+DeepSeek-V2 in one file: a language model whose attention caches one small latent vector per
+token (MLA) and whose feed-forward layers wake 6 of 160 small experts per token (DeepSeekMoE).
+
+    model = DeepSeek(Config.preset("tiny"))
+    out = model(input_ids, targets)                      # out.loss, out.aux_loss, out.expert_load
+    for token in model.eval().generate(prompt_ids, 100): ...
+
+Papers:  [V2]  DeepSeek-V2, arXiv 2405.04434      [MoE] DeepSeekMoE, arXiv 2401.06066
+         [RoPE] RoFormer, arXiv 2104.09864        [YaRN] arXiv 2309.00071
+
+Contents, each part using only what stands above it:
+     1 Config     2 RMSNorm     3 RoPE and YaRN     4 the latent cache     5 MLA
+     6 SwiGLU     7 the router, the balance losses, token dropping         8 the experts, MoE
+     9 block     10 the model  11 generation
+
+What changes with respect to a plain transformer is parts 4, 5, 7 and 8; the rest is Llama's.
+Field names are those of the official config.json, parameter names those of the official
+checkpoint, so that what is read here is what lies in the official files.
+
+Symbols. Comments at line ends give shapes in these letters, most significant dimension first.
+
+    here  paper   in the code                     V2     V2-Lite   tiny
+    ----  ------  ----------------------------  -------  -------  -----
+    B             batch: sequences
+    T     T       time: tokens given now
+    S             source: tokens attended to (cached ones included)
+    V             vocab_size                    102,400  102,400  1,024
+    D     d       hidden_size                     5,120    2,048    128
+    L     l       num_hidden_layers                  60       27      6
+    H     n_h     num_attention_heads               128       16      4
+    Q     d_c'    q_lora_rank                     1,536     none   none
+    R     d_c     kv_lora_rank                      512      512     64
+    dn    d_h     qk_nope_head_dim                  128      128     32
+    dr    d_h^R   qk_rope_head_dim                   64       64     16
+    dv    d_h     v_head_dim                        128      128     48
+    E     N_r     n_routed_experts                  160       64     16
+    K     K_r     num_experts_per_tok                 6        6      4
+          N_s     n_shared_experts                    2        2      2
+    I             moe_intermediate_size           1,536    1,408     64
+    G     D       n_group: devices that hold E        8        1      1
+          M       topk_group: devices per token       3        1      1
+    C             cache numbers per token and
+                  layer, R + dr                     576      576     80
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------
+# 1. Config. What are the numbers that make a DeepSeek-V2?
+# ----------------------------------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the value and the remedy."""
+
+
+YARN_V2 = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        vocab_size=1024, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
+        q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=48, intermediate_size=512, moe_intermediate_size=64, n_routed_experts=16,
+        num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
+        routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
+        max_position_embeddings=256, rope_scaling=None, initializer_range=0.04,
+        bos_token_id=0, eos_token_id=1,
+    ),
+    "small": dict(
+        vocab_size=4096, hidden_size=384, num_hidden_layers=7, num_attention_heads=6,
+        q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=48, qk_rope_head_dim=16,
+        v_head_dim=64, intermediate_size=1024, moe_intermediate_size=96, n_routed_experts=32,
+        num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
+        routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
+        max_position_embeddings=512, rope_scaling=None, initializer_range=0.02,
+        bos_token_id=0, eos_token_id=1,
+    ),
+    "1b": dict(
+        vocab_size=32768, hidden_size=1024, num_hidden_layers=14, num_attention_heads=16,
+        q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=96, intermediate_size=4096, moe_intermediate_size=320, n_routed_experts=64,
+        routed_scaling_factor=4.0, max_position_embeddings=1024, rope_scaling=None,
+        bos_token_id=0, eos_token_id=1,
+    ),
+    "v2-lite": dict(
+        hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
+        intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_group=1,
+        topk_group=1, topk_method="greedy", routed_scaling_factor=1.0, aux_loss_alpha=0.001,
+        device_loss_alpha=0.0, comm_loss_alpha=0.0,
+    ),
+    "v2": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every number of the model, under its name in the official config.json.
+
+    The defaults are DeepSeek-V2 itself ([V2] section 3.1.2); `preset` gives the other sizes.
+    Construction refuses an impossible combination with a ConfigError of one sentence.
+    """
+
+    vocab_size: Annotated[int, "rows of the embedding and of the output head"] = 102400
+    hidden_size: Annotated[int, "width of the residual stream"] = 5120
+    num_hidden_layers: Annotated[int, "blocks of attention + feed-forward"] = 60
+    num_attention_heads: Annotated[int, "attention heads"] = 128
+    q_lora_rank: Annotated[int | None, "rank of the compressed query; none = direct"] = 1536
+    kv_lora_rank: Annotated[int, "width of the cached latent"] = 512
+    qk_nope_head_dim: Annotated[int, "query/key width per head without position"] = 128
+    qk_rope_head_dim: Annotated[int, "query/key width per head with RoPE"] = 64
+    v_head_dim: Annotated[int, "value width per head"] = 128
+    intermediate_size: Annotated[int, "inner width of a dense feed-forward layer"] = 12288
+    moe_intermediate_size: Annotated[int, "inner width of one expert"] = 1536
+    n_routed_experts: Annotated[int, "routed experts per MoE layer"] = 160
+    n_shared_experts: Annotated[int, "experts that every token visits"] = 2
+    num_experts_per_tok: Annotated[int, "routed experts that a token visits"] = 6
+    n_group: Annotated[int, "groups (devices) that the routed experts are divided into"] = 8
+    topk_group: Annotated[int, "groups that one token may reach"] = 3
+    topk_method: Annotated[str, "greedy or group_limited_greedy"] = "group_limited_greedy"
+    norm_topk_prob: Annotated[bool, "normalise gate weights to sum 1 instead of scaling"] = False
+    routed_scaling_factor: Annotated[float, "multiplies the routed experts' weights"] = 16.0
+    first_k_dense_replace: Annotated[int, "first layers with a dense feed-forward"] = 1
+    moe_layer_freq: Annotated[int, "every so many-th later layer is MoE"] = 1
+    aux_loss_alpha: Annotated[float, "weight of the expert balance loss"] = 0.003
+    device_loss_alpha: Annotated[float, "weight of the device balance loss"] = 0.05
+    comm_loss_alpha: Annotated[float, "weight of the communication balance loss"] = 0.02
+    token_drop_capacity: Annotated[float, "device capacity / average load; 0 = no drop"] = 0.0
+    max_position_embeddings: Annotated[int, "longest sequence"] = 163840
+    rms_norm_eps: Annotated[float, "epsilon of the block and final norms"] = 1e-6
+    rope_theta: Annotated[float, "base of the RoPE frequencies"] = 10000.0
+    rope_scaling: Annotated[dict | None, "YaRN's numbers as JSON; none = plain RoPE"] = field(
+        default_factory=lambda: dict(YARN_V2)
+    )
+    initializer_range: Annotated[float, "standard deviation of the initial weights"] = 0.006
+    bos_token_id: Annotated[int, "token that begins a document"] = 100000
+    eos_token_id: Annotated[int, "token that ends a document"] = 100001
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Config:
+        """One of tiny, small, 1b, v2-lite, v2, with any field overridden by keyword."""
+        if name not in PRESETS:
+            raise ConfigError(f"size {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(overrides) - known):
+            raise ConfigError(f"{unknown[0]!r} is not a field of Config: see its definition")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def describe(cls) -> dict[str, tuple[Any, str]]:
+        """The type and the meaning of every field, for checks and command lines."""
+        hints = get_type_hints(cls, include_extras=True)
+        return {
+            f.name: (hints[f.name].__origin__, hints[f.name].__metadata__[0]) for f in fields(cls)
+        }
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer (0-based) has experts: the first few are dense ([V2] 3.1.2)."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """dn + dr, the width over which query and key are compared."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """C = R + dr, all that is cached per token and layer ([V2] table 1)."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigError(message)
+
+        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "bos_token_id", "eos_token_id"}
+        for name, (kind, _) in self.describe().items():
+            value, least = getattr(self, name), 0 if name in may_be_zero else 1
+            if kind is int or (kind == int | None and value is not None):
+                require(
+                    type(value) is int and least <= value < 2**31,
+                    f"{name} = {value!r} must be a whole number, at least {least}",
+                )
+            elif kind is float:
+                require(
+                    type(value) in (int, float) and math.isfinite(value) and value >= 0,
+                    f"{name} = {value!r} must be a finite number, 0 or more",
+                )
+            elif kind is bool:
+                require(type(value) is bool, f"{name} = {value!r} must be true or false")
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
+        d, h = self.hidden_size, self.num_attention_heads
+        experts, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        require(self.num_hidden_layers <= 10_000, f"{self.num_hidden_layers=} is over 10000")
+        require(
+            d % h == 0,
+            f"hidden_size = {d} must be a multiple of num_attention_heads = {h}",
+        )
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: RoPE rotates pairs",
+        )
+        require(
+            self.topk_method in ("greedy", "group_limited_greedy"),
+            f"topk_method = {self.topk_method!r} is unknown: use greedy or group_limited_greedy",
+        )
+        require(
+            experts % groups == 0,
+            f"n_routed_experts = {experts} must be a multiple of n_group = {groups}",
+        )
+        require(
+            self.topk_group <= groups,
+            f"topk_group = {self.topk_group} must be at most n_group = {groups}",
+        )
+        limited = self.topk_method == "group_limited_greedy"
+        reachable = experts // groups * self.topk_group if limited else experts
+        require(
+            k <= reachable,
+            f"num_experts_per_tok = {k} must be at most {reachable}, the experts a token can reach",
+        )
+        require(
+            limited or self.comm_loss_alpha == 0,
+            f"comm_loss_alpha = {self.comm_loss_alpha} needs topk_method = group_limited_greedy",
+        )
+        for name in ("bos_token_id", "eos_token_id"):
+            require(
+                getattr(self, name) < self.vocab_size,
+                f"{name} = {getattr(self, name)} must be below vocab_size = {self.vocab_size}",
+            )
+        if self.rope_scaling is not None:
+            self._check_yarn(require)
+
+    def _check_yarn(self, require) -> None:
+        scaling = self.rope_scaling
+        require(isinstance(scaling, dict), f"rope_scaling = {scaling!r} must be a dict or null")
+        kind = scaling.get("type", scaling.get("rope_type"))
+        require(kind == "yarn", f"rope_scaling type {kind!r} is unknown: use yarn or null")
+        for key in ("factor", "original_max_position_embeddings"):
+            require(key in scaling, f"rope_scaling lacks {key!r}, which YaRN needs")
+        for key, value in scaling.items():
+            require(
+                key in ("type", "rope_type") or key in YARN_V2 or key == "rope_theta",
+                f"rope_scaling has an unknown key {key!r}",
+            )
+            require(
+                isinstance(value, str)
+                or (type(value) in (int, float) and math.isfinite(value) and value > 0),
+                f"rope_scaling {key} = {value!r} must be a number above 0",
+            )
+        require(scaling["factor"] >= 1, f"rope_scaling factor = {scaling['factor']} is below 1")
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. RMSNorm. How is the residual stream kept at a scale that every layer can read?
+#
+#        y = w * x / sqrt(mean(x^2) + eps)                                       arXiv 1910.07467
+# ----------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square and scale it per channel. [..., n] -> same."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # a mean of squares in bf16 would lose most of its digits
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)  # the cast stands before the weight, as officially
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. RoPE and YaRN. How does a query know how far away a key is?
+#
+#    RoPE turns each neighbouring pair (x0, x1), (x2, x3), ... of a vector at position t by the
+#    angle t * f_j. A dot product of two rotated vectors then depends on their distance only:
+#
+#        <rot(q, m), rot(k, n)> = <rot(q, m - n), k>,    f_j = theta^(-2j/dr)               [RoPE]
+#
+#    YaRN stretches a context of 4K to 160K: pairs that turn many times within 4K know the
+#    distance between neighbours and stay as they are; pairs that do not complete one turn are
+#    slowed down by `factor`, so that no angle comes that training has not seen; a ramp lies in
+#    between. It is on for short inputs as well: the weights were trained with it.
+# ----------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(config: Config, device: torch.device | None = None) -> Tensor:
+    """The turn per position of each pair, in radians: [dr/2], fp32 ([YaRN] section 3.2)."""
+    dim, base = config.qk_rope_head_dim, config.rope_theta
+    pair = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    inv_freq = 1.0 / base ** (2 * pair / dim)
+    if (yarn := config.rope_scaling) is None:
+        return inv_freq
+
+    def pair_that_turns(times: float) -> float:  # ... so often within the original context
+        context = yarn["original_max_position_embeddings"]
+        return dim * math.log(context / (2 * math.pi * times)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
+    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp, without dividing by zero
+    slowed = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = as it was, 1 = slowed by factor
+    return inv_freq / yarn["factor"] * slowed + inv_freq * (1 - slowed)
+
+
+def yarn_mscale(config: Config, key: str) -> float:
+    """0.1 a ln(factor) + 1, YaRN's cure for attention that flattens over long contexts."""
+    yarn = config.rope_scaling or {}
+    return 0.1 * yarn.get(key, 0.0) * math.log(yarn.get("factor", 1.0)) + 1.0
+
+
+def softmax_scale(config: Config) -> float:
+    """(dn + dr)^-1/2, times mscale^2 under YaRN: 0.1147 for V2 rather than 0.0722."""
+    return config.qk_head_dim**-0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
+
+
+def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for each position and pair: [...] -> 2 x [..., dr/2], fp32.
+
+    Computed anew in each pass. A stored table would be cast to bf16 along with the model, and
+    bf16 cannot tell position 1000 from 1003.
+    """
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
+    scale = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
+    return angles.cos() * scale, angles.sin() * scale  # scale is 1 in every released V2
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the neighbouring pairs of x [B, T, heads, dr] by angles [B or 1, T, dr/2]."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 x B T heads dr/2
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. The latent cache. What must be remembered of the tokens already read?
+#
+#    Ordinary attention keeps K and V of every head: 2 H dh numbers per token and layer, 32,768
+#    in a model shaped like V2. MLA keeps 576: the latent c that all heads share, and one
+#    rotated key. c is kept after its norm and the key after its rotation, so that neither is
+#    ever computed twice.
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LatentCache:
+    """What the model remembers of `B` sequences; made by `DeepSeek.new_cache`.
+
+    latents [L, B, max_length, C] is written in place. lengths counts the tokens of each row;
+    it lives on the host, so that no decoding step waits for the device. Setting it back makes
+    the model forget what came later.
+    """
+
+    latents: Tensor
+    lengths: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes, the free places included."""
+        return self.latents.numel() * self.latents.element_size()
+
+
+class Span(NamedTuple):
+    """Where the T tokens of a forward pass stand: the same for all layers, computed once."""
+
+    positions: Tensor  # [B, T] with a cache, [1, T] without
+    cos: Tensor  # [B or 1, T, dr/2]
+    sin: Tensor  # [B or 1, T, dr/2]
+    end: int  # S: how many places of the cache are attended to
+    mask: Tensor | None  # [B, 1, T, S], True = visible. None: causal, and T == S or T == 1
+    absorb: bool  # which of MLA's two ways (below) is taken
+
+
+def make_span(config: Config, ids: Tensor, cache: LatentCache | None, absorb: bool | None) -> Span:
+    """Positions, rotation and mask for ids [B, T], behind what the cache already holds."""
+    B, T = ids.shape
+    lengths = cache.lengths if cache else [0]
+    start, end = min(lengths), max(lengths) + T
+    limit = cache.latents.shape[2] if cache else config.max_position_embeddings
+    if end > limit:
+        raise ValueError(
+            f"{end} tokens do not fit: the {'cache' if cache else 'model'} ends at {limit}"
+        )
+    positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
+    ragged = start + T < end
+    if ragged:
+        ahead = torch.tensor([n - start for n in lengths], device=ids.device)
+        positions = positions + ahead[:, None]  # B T
+    if absorb is None:
+        absorb = cache is not None and absorbing_is_cheaper(config, T)
+    mask = None
+    if ragged or (T > 1 and (T < end or absorb)):
+        # Key j lies at position j of its row, so this one line is the causal mask, the offset
+        # of a chunk and the blanking of places that a shorter row has not written yet.
+        mask = (torch.arange(end, device=ids.device) <= positions[..., None]).unsqueeze(1)
+    return Span(positions, *rope_angles(config, positions), end, mask, absorb)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Multi-head latent attention. How can 128 heads share one small memory?
+#
+#            x  [D]                                                    [V2] section 2.1, eq. 9-19
+#            |
+#       +----+---------------------+-------------------+
+#       |                          |                   |
+#    W_DQ, norm               W_DKV, norm             W_KR
+#       |                          |                   |
+#    c_q [Q]                   c [R] ===========    RoPE: k_pe [dr] ====     === only this is
+#       |                          |          ||       |             ||          cached
+#    +--+------+              +----+----+     ||       |             ||
+#  W_UQ    W_QR, RoPE       W_UK      W_UV    ||       |             ||
+#    |         |              |         |              |
+#  q_nope    q_pe           k_nope      v           (the same k_pe for all heads)
+#  [H dn]   [H dr]          [H dn]    [H dv]
+#
+#    q = [q_nope | q_pe],  k = [k_nope | k_pe],  o = W_O softmax(q.k * scale) v
+#
+#    Why the key is decoupled: k_nope = W_UK c is linear in c, so q.k = (W_UK^T q).c, and W_UK
+#    can move to the query's side. A rotation between W_UK and c depends on the position and
+#    would forbid that. So position gets dr numbers of its own, which do not pass through W_UK.
+#
+#    Expanded: make k_nope and v from c for each cached token, then ordinary attention.
+#    Absorbed: leave the cache as it is, carry q to the latent space, attend there, and carry
+#    the result back. Per head, query and key that is 2R + dr multiply-adds instead of
+#    dn + dr + dv, but no R (dn + dv) for expanding each key. Same numbers, two costs.
+# ----------------------------------------------------------------------------------------------
+
+
+def absorbing_is_cheaper(config: Config, queries: int) -> bool:
+    """Whether so many queries per key are few enough: up to 170 in V2 (multiply-adds)."""
+    r, dn, dv = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    return queries * (2 * r - dn - dv) < r * (dn + dv)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        heads_q = c.num_attention_heads * c.qk_head_dim
+        heads_kv = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        if c.q_lora_rank:  # saves activation memory in training; nothing of it is cached
+            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
+            self.q_b_proj = nn.Linear(c.q_lora_rank, heads_q, bias=False)
+        else:
+            self.q_proj = nn.Linear(c.hidden_size, heads_q, bias=False)
+        # W_DKV and W_KR in one matrix: "mqa", since one key serves all heads
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.cache_dim, bias=False)
+        # The norm tames a bottleneck whose scale nothing else holds ([V2] 3.1.2).
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads_kv, bias=False)  # W_UK and W_UV
+        self.o_proj = nn.Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, bias=False)
+        self.scale = softmax_scale(c)
+
+    def forward(self, x: Tensor, span: Span, memory: Tensor | None = None) -> Tensor:
+        """memory [B, max_length, C] is this layer's part of the cache; T tokens are written."""
+        c = self.config
+        if c.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        else:
+            q = self.q_proj(x)
+        q = q.unflatten(-1, (-1, c.qk_head_dim))  # B T H dn+dr
+        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_pe = rotate(q_pe, span.cos, span.sin)
+
+        widths = [c.kv_lora_rank, c.qk_rope_head_dim]
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split(widths, -1)  # B T R, B T dr
+        latent = self.kv_a_layernorm(latent)
+        k_pe = rotate(k_pe.unsqueeze(2), span.cos, span.sin).squeeze(2)
+        if memory is not None:
+            row = torch.arange(len(memory), device=x.device)[:, None]
+            memory[row, span.positions] = torch.cat([latent, k_pe], -1).to(memory.dtype)
+            latent, k_pe = memory[:, : span.end].to(q.dtype).split(widths, -1)  # B S R, B S dr
+
+        attend = self.absorbed if span.absorb else self.expanded
+        out = attend(q_nope, q_pe, latent, k_pe, span.mask)  # B T H dv
+        return self.o_proj(out.flatten(2))
+
+    def expanded(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
+        """Attention as the paper writes it (eq. 12-18): every key and value is built."""
+        c = self.config
+        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))  # B S H dn+dv
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
+        q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe.to(k_nope.dtype)], -1)
+        # Flash attention wants one width for q, k and v. Zeros change neither the scores nor
+        # the values, and cost less than the slow path.
+        if (more := c.qk_head_dim - c.v_head_dim) > 0:
+            v = F.pad(v, (0, more))
+        elif more < 0:
+            q, k = F.pad(q, (0, -more)), F.pad(k, (0, -more))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B H T or S, all of one width
+        causal = mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
+        return out[..., : c.v_head_dim].transpose(1, 2)  # B H T dv -> B T H dv
+
+    def absorbed(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
+        """The same attention in latent space ([V2] 2.1.2): no key or value is ever built."""
+        c = self.config
+        B, T, H = q_nope.shape[:3]
+        w = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
+        w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
+        # All heads read one memory: H heads of T queries are H*T queries of one head.
+        scores = q_latent.flatten(1, 2) @ latent.mT  # B H*T S
+        scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT
+        scores = (scores * self.scale).float().unflatten(1, (H, T))  # B H T S
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        probs = scores.softmax(-1).to(q_latent.dtype)
+        out = (probs.flatten(1, 2) @ latent).unflatten(1, (H, T))  # B H T R
+        return (out @ w_uv.mT).transpose(1, 2)  # B H T R, H R dv -> B T H dv
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. SwiGLU. What does a feed-forward layer compute?
+#
+#        y = W_down (silu(W_gate x) * W_up x)                                    arXiv 2002.05202
+# ----------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """A gated feed-forward layer: dense layers and shared experts. [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. The router. Which experts does a token visit, and how are they kept equally busy?
+#
+#        s_i = softmax_i(x . e_i)         affinity of the token to expert i      [V2] eq. 20-22
+#        g_i = s_i if s_i is among the K largest, else 0
+#
+#    The softmax goes over all experts and precedes the choice: a token that is unsure between
+#    many experts gives each a small weight, and the weights need not sum to one.
+#
+#    Device-limited routing ([V2] 2.2.2): experts live in G groups, one per device. A token may
+#    reach only the M groups whose best expert it likes most, so that it crosses the network at
+#    most M times however many experts it visits.
+# ----------------------------------------------------------------------------------------------
+
+
+class Routing(NamedTuple):
+    """What the router decided, for each token."""
+
+    scores: Tensor  # [B, T, E] affinities s, summing to 1; carry the router's gradient
+    weights: Tensor  # [B, T, K] what the chosen experts' outputs are multiplied by
+    index: Tensor  # [B, T, K] which experts were chosen
+    sent: Tensor  # [B, T, G] bool: the groups that the token may reach
+
+
+class Gate(nn.Module):
+    """The router: one vector e_i per expert."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Routing:
+        c = self.config
+        # In fp32 even under autocast: near ties decided by rounding would train the wrong expert.
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).softmax(-1)  # B T E
+        by_group = scores.unflatten(-1, (c.n_group, -1))  # B T G E/G
+        sent = torch.ones_like(by_group[..., 0], dtype=torch.bool)  # B T G
+        if c.topk_method == "group_limited_greedy":
+            best = by_group.amax(-1).topk(c.topk_group, -1).indices  # B T M
+            sent = torch.zeros_like(sent).scatter_(-1, best, True)
+            by_group = by_group * sent.unsqueeze(-1)
+        weights, index = by_group.flatten(-2).topk(c.num_experts_per_tok, -1)  # B T K
+        if c.norm_topk_prob and c.num_experts_per_tok > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        else:  # the official code normalises instead of scaling, never both
+            weights = weights * c.routed_scaling_factor
+        return Routing(scores, weights, index, sent)
+
+
+# Left alone, a router collapses: an expert that is chosen more often learns more and is chosen
+# still more often. Three losses pull against that ([V2] 2.2.3, eq. 23-31), each of the form
+#
+#        alpha * sum_i f_i P_i      f_i: share of the tokens that i got, 1 = average
+#                                   P_i: probability that the router gave to i
+#
+# f counts and has no gradient; P has. So the router lowers its probabilities most where the
+# load is highest. All means are taken within a sequence, then over the batch: balance across
+# the batch alone would let each sequence flood one device. They differ in what i is:
+#     expert           one of E experts        no expert starves
+#     device           one of G groups         no GPU computes while others wait
+#     communication    one of G groups, f counting the tokens sent there: no link is flooded
+
+
+def balance_loss(config: Config, routing: Routing) -> Tensor:
+    """The weighted sum of the three balance losses of one MoE layer; a scalar, fp32."""
+    c, (scores, _, index, sent) = config, routing
+    T, K = index.shape[1:]
+    P = scores.mean(1)  # B E
+    chosen = index.flatten(1)  # B T*K
+    counts = torch.zeros_like(P).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=P.dtype))
+    f = counts * c.n_routed_experts / (K * T)  # B E
+    loss = c.aux_loss_alpha * (f * P).sum(-1)  # eq. 23-25
+    P_group = P.unflatten(1, (c.n_group, -1)).sum(-1)  # B G
+    f_group = f.unflatten(1, (c.n_group, -1)).mean(-1)
+    loss = loss + c.device_loss_alpha * (f_group * P_group).sum(-1)  # eq. 26-28
+    f_sent = sent.float().mean(1) * c.n_group / c.topk_group  # B G
+    loss = loss + c.comm_loss_alpha * (f_sent * P_group).sum(-1)  # eq. 29-31
+    return loss.mean()
+
+
+def drop_tokens(config: Config, routing: Routing) -> Tensor:
+    """Weights [B, T, K] with 0 where a device is over its capacity ([V2] 2.2.4).
+
+    Each device takes token_drop_capacity times its average share of the batch's assignments,
+    those of highest affinity first. About a tenth of the sequences, drawn anew each time, is
+    never dropped, so that the model also learns what it meets in use, where nothing is.
+    What the paper leaves open: capacity counts assignments, and weights are not renormalised.
+    """
+    c = config
+    B, T, K = routing.index.shape
+    capacity = int(c.token_drop_capacity * B * T * K / c.n_group)
+    device = (routing.index // (c.n_routed_experts // c.n_group)).flatten()
+    exempt = torch.rand(B, 1, 1, device=device.device) < 0.1
+    affinity = routing.weights.detach().masked_fill(exempt, torch.inf)
+    order = affinity.flatten().argsort(descending=True)
+    onehot = F.one_hot(device[order], c.n_group)  # B*T*K G
+    place = (onehot.cumsum(0) * onehot).sum(-1)  # 1 = the assignment its device wants most
+    kept = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, place <= capacity)
+    return routing.weights * (kept.view(B, T, K) | exempt)
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. DeepSeekMoE. How can a model know much and yet compute little?
+#
+#                       x                                        [V2] section 2.2, [MoE] section 3
+#                       |
+#        +--------------+------------+
+#        |              |            |              Fine-grained: many small experts, 6 of 160,
+#        |            router      shared            allow many more combinations than 2 of 16
+#        |        s = softmax     expert(s)         large ones at equal cost.
+#        |        top K of E         |
+#        v              |            |              Shared: what every token needs is learned
+#    E_1  E_2  ... E_E  |            |              once, so that routed experts can specialise.
+#     |    |        |   |            |              Their N_s experts are one MLP, N_s * I wide.
+#     +- g_i E_i(x) +<--+            |
+#           |                        |
+#           +-----------> + <--------+
+#                         y
+# ----------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: sum_k weights[n, k] * E_{index[n, k]}(x[n]).
+
+    x [N, D], index [N, K], weights [N, K] -> [N, D], N = B*T tokens in a row.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        E, D, I = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, D))  # gate above, up below
+        self.down_proj = nn.Parameter(torch.empty(E, D, I))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        run = self.grouped if self.can_group(x.device, dtype) else self.looped
+        gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        return run(x.to(dtype), index, weights, gate_up, down)
+
+    def can_group(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether grouped_mm runs here: its rows must be a multiple of 16 bytes, and so on."""
+        aligned = all(n * dtype.itemsize % 16 == 0 for n in self.down_proj.shape[1:])
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+            return False  # its tracing rule knows bf16 only
+        if device.type == "cuda":
+            return (
+                aligned and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8,)
+            )
+        return aligned and device.type == "cpu"
+
+    def looped(self, x, index, weights, gate_up, down) -> Tensor:
+        """One expert after the other: the definition, on any device."""
+        out = torch.zeros_like(x, dtype=weights.dtype)
+        for e in range(len(gate_up)):
+            token, k = (index == e).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], gate_up[e]).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, down[e])
+            out = out.index_add(0, token, y * weights[token, k, None])
+        return out
+
+    def grouped(self, x, index, weights, gate_up, down, block: int = 32) -> Tensor:
+        """All experts in two grouped products: sort the N*K assignments by expert, multiply each
+        run of rows with its expert's matrix, add the results back to their tokens.
+
+        Each run starts at a multiple of `block` rows in a buffer of fixed size. So nothing waits
+        for the device to count (unlike looped), torch.compile sees one shape, and the products
+        run on aligned rows. Places that are left over hold zeros and are never read.
+        """
+        (N, D), K, E = x.shape, index.shape[1], len(gate_up)
+        order = index.flatten().argsort(stable=True)  # N*K
+        expert, token = index.flatten()[order], order // K
+        count = torch.zeros(E, dtype=torch.long, device=x.device)
+        count = count.scatter_add_(0, expert, torch.ones_like(expert))  # bincount would sync
+        space = (count + block - 1) // block * block
+        ends = space.cumsum(0)  # E: one past the last row of each expert
+        shift = (ends - space) - (count.cumsum(0) - count)  # padded start less dense start
+        row = torch.arange(N * K, device=x.device) + shift[expert]  # N*K, all different
+        source = torch.full([(N * K // block + E) * block], N, device=x.device)
+        source = source.scatter_(0, row, token)  # token of each row; N = the row of zeros
+        rows = torch.cat([x, x.new_zeros(1, D)]).index_select(0, source)  # rows D
+        offs = ends.to(torch.int32)
+        gate, up = F.grouped_mm(rows, gate_up.mT, offs=offs).chunk(2, -1)  # 2 x rows I
+        y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs).index_select(0, row)  # N*K D
+        y = y * weights.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+
+
+class MoE(nn.Module):
+    """Mixture of experts. [B, T, D] -> [B, T, D], balance loss, expert load [E]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.gate = Gate(c)
+        self.experts = Experts(c)
+        if c.n_shared_experts:
+            width = c.n_shared_experts * c.moe_intermediate_size
+            self.shared_experts = MLP(c.hidden_size, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c, routing, aux_loss = self.config, self.gate(x), x.new_zeros((), dtype=torch.float32)
+        weights = routing.weights
+        if self.training:
+            aux_loss = balance_loss(c, routing)
+            if c.token_drop_capacity:
+                weights = drop_tokens(c, routing)
+        index = routing.index.flatten(0, 1)  # N K
+        y = self.experts(x.flatten(0, 1), index, weights.flatten(0, 1)).view_as(x)
+        if c.n_shared_experts:
+            y = y + self.shared_experts(x)
+        load = torch.zeros(c.n_routed_experts, device=x.device)
+        ones = torch.full_like(index, 1 / index.numel(), dtype=load.dtype).flatten()
+        return y, aux_loss, load.scatter_add_(0, index.flatten(), ones)
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. The block. How do the parts stack?       x += attention(norm(x));  x += feed_forward(norm(x))
+# ----------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """One layer: MLA, then a dense or a mixed feed-forward, each behind its own norm."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c = config
+        self.is_moe = c.is_moe(layer)
+        self.self_attn = MLA(c)
+        self.mlp = MoE(c) if self.is_moe else MLP(c.hidden_size, c.intermediate_size)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, span: Span, memory: Tensor | None = None):
+        """[B, T, D] -> [B, T, D], and of a MoE layer its balance loss and load, else None."""
+        x = x + self.self_attn(self.input_layernorm(x), span, memory)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, aux_loss, load = y if self.is_moe else (y, None, None)
+        return x + y, aux_loss, load
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. The model. From token ids to logits and losses.
+# ----------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What `DeepSeek.forward` returns."""
+
+    logits: Tensor | None  # [B, T, V]; None with targets
+    loss: Tensor | None  # mean cross-entropy in nats per token, without the balance losses
+    aux_loss: Tensor  # balance losses of all layers, weighted and added; 0 in eval mode
+    expert_load: Tensor  # [MoE layers, E]: each expert's share of the assignments
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: ids [B, T] -> [B, T, D], aux_loss, expert_load."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, ids, cache=None, absorb=None, checkpoint_activations=False):
+        span = make_span(self.config, ids, cache, absorb)
+        x = self.embed_tokens(ids)  # B T D
+        aux_loss, loads = x.new_zeros((), dtype=torch.float32), []
+        for i, layer in enumerate(self.layers):
+            memory = cache.latents[i] if cache else None
+            if checkpoint_activations:
+                x, aux, load = checkpoint(layer, x, span, memory, use_reentrant=False)
+            else:
+                x, aux, load = layer(x, span, memory)
+            if layer.is_moe:
+                aux_loss = aux_loss + aux
+                loads.append(load)
+        if cache:
+            cache.lengths = [n + ids.shape[1] for n in cache.lengths]
+        load = torch.stack(loads) if loads else x.new_zeros(0, self.config.n_routed_experts)
+        return self.norm(x), aux_loss, load
+
+
+class DeepSeek(nn.Module):
+    """DeepSeek-V2 for a `Config`, freshly initialised, in fp32, on the CPU.
+
+    Under `with torch.device("meta")` it is built without memory, to count or to load into.
+    For mixed precision put `torch.autocast` around the call.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not tied
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices normal with std initializer_range ([V2] 3.1.2), norm weights one."""
+        for p in self.parameters():
+            if p.dim() > 1:
+                p.normal_(0.0, self.config.initializer_range)
+            else:
+                p.fill_(1.0)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        cache: LatentCache | None = None,
+        absorb: bool | None = None,
+        checkpoint_activations: bool = False,
+    ) -> Output:
+        """input_ids [B, T]; targets [B, T] are the ids to predict there, -100 where none counts.
+
+        cache: the ids continue what it holds, and are added to it. absorb: True or False forces
+        MLA's absorbed or expanded form; None takes the cheaper. checkpoint_activations: keep
+        only each layer's input for the backward pass and compute the rest again.
+        Raises ValueError when the sequence outgrows the cache or max_position_embeddings.
+        """
+        x, aux_loss, load = self.model(input_ids, cache, absorb, checkpoint_activations)
+        if targets is None:
+            return Output(self.lm_head(x), None, aux_loss, load)
+        return Output(None, self.cross_entropy(x, targets), aux_loss, load)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, chunk_elements: int = 2**25) -> Tensor:
+        """Mean cross-entropy of x [B, T, D], without ever holding all logits [B, T, V].
+
+        With V = 102,400 the logits of a batch outweigh the model. So they are made for a chunk
+        of tokens at a time and made again in the backward pass; one chunk is simply kept.
+        """
+        x, targets = x.flatten(0, 1), targets.flatten()
+
+        def chunk_sum(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+
+        size = max(1, chunk_elements // self.config.vocab_size)
+        chunks = list(zip(x.split(size), targets.split(size), strict=True))
+        if len(chunks) == 1:
+            total = chunk_sum(x, targets)
+        else:
+            total = sum(checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks)
+        return total / (targets != -100).sum().clamp(min=1)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(total, active): active are those one token uses, without the input embedding, which
+        is a look-up (this is how the paper counts its 21B)."""
+        c = self.config
+        total = sum(p.numel() for p in self.parameters())
+        routed = sum(p.numel() for n, p in self.named_parameters() if ".mlp.experts." in n)
+        resting = routed * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
+        return total, total - resting - self.model.embed_tokens.weight.numel()
+
+    def new_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype | None = None
+    ) -> LatentCache:
+        """An empty cache for batch_size sequences of up to max_length tokens, in the dtype of
+        the weights unless given."""
+        c, weight = self.config, self.lm_head.weight
+        shape = (c.num_hidden_layers, batch_size, max_length, c.cache_dim)
+        latents = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+        return LatentCache(latents, [0] * batch_size)
+
+    # ------------------------------------------------------------------------------------------
+    # 11. Generation. How does the model continue a text?
+    # ------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompts (ids [B, T], or B lists of any lengths), yielding ids [B] as they come.
+
+        temperature 0 takes the most probable token. top_k keeps the k most probable tokens,
+        top_p the fewest that hold that much probability. A row that has said `stop` goes on
+        repeating it; all rows done, or the context full, ends the stream. Ids from vocab_size on
+        (the padding of the embedding) never come out. Raises ValueError for impossible arguments.
+        """
+        limit = self.config.max_position_embeddings
+        rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+        for bad, message in (
+            (self.training, "generate needs model.eval(): token dropping is for training"),
+            (not rows or min(map(len, rows)) == 0, "a prompt is empty: give at least one token"),
+            (
+                max(map(len, rows), default=0) >= limit,
+                f"a prompt of {max(map(len, rows), default=0)} tokens leaves no room in the"
+                f" context of {limit}: shorten it",
+            ),
+            (max_new_tokens < 0, f"max_new_tokens = {max_new_tokens} must be 0 or more"),
+            (not 0 <= temperature < math.inf, f"temperature = {temperature} must be 0 or more"),
+            (top_k is not None and top_k < 1, f"top_k = {top_k} must be at least 1"),
+            (top_p is not None and not 0 < top_p <= 1, f"top_p = {top_p} must be in (0, 1]"),
+        ):
+            if bad:
+                raise ValueError(message)
+        max_new_tokens = min(max_new_tokens, limit - max(map(len, rows)))
+
+        def pick(x: Tensor) -> Tensor:  # B D -> B
+            logits = self.lm_head(x)[:, :vocab_size].float()
+            return sample(logits, temperature, top_k, top_p, generator)
+
+        return self._stream(rows, max_new_tokens, stop, pick)
+
+    @torch.no_grad()
+    def _stream(self, rows: list[Tensor], max_new_tokens: int, stop, pick) -> Iterator[Tensor]:
+        if max_new_tokens == 0:
+            return
+        device = self.lm_head.weight.device
+        lengths = [len(r) for r in rows]
+        cache = self.new_cache(len(rows), max(lengths) + max_new_tokens)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        x, *_ = self.model(ids, cache)
+        # Rows are padded on the right. Forgetting the padding is enough: what it wrote into the
+        # cache lies behind each row's end, invisible, and is overwritten token by token.
+        cache.lengths = lengths
+        last = torch.tensor(lengths, device=device) - 1
+        x = x[torch.arange(len(rows), device=device), last]  # B D
+        done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for i in range(max_new_tokens):
+            token = pick(x)
+            if stop is not None:
+                token = torch.where(done, stop, token)
+                done = done | (token == stop)
+            yield token
+            if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
+                return
+            x = self.model(token[:, None], cache)[0][:, 0]
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id per row of logits [B, V]; see `DeepSeek.generate` for the arguments."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        probs, ids = logits.softmax(-1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs  # the probability of all that rank higher
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

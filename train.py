@@ -1,0 +1,788 @@
+"""
+Pretrain a DeepSeek-V2 of any size.
+
+    python train.py --data my.txt                          # tiny, five minutes on a laptop
+    python train.py --size small --data tinystories        # 30M, an hour on a small GPU
+    python train.py --data my.txt --resume                 # go on where it stopped
+
+What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the
+log and its picture, the schedule, evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import tokenizers
+import torch
+from tqdm import tqdm
+
+import data
+from data import Batches, DataError, Windows
+from deepseek import PRESETS, Config, ConfigError, DeepSeek
+
+FORMAT = 1  # of ckpt.pt
+
+# What each size is trained with unless told otherwise.
+RECIPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(batch_size=8, lr=3e-3, warmup=50, minutes=5.0),
+    "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
+    "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
+    "v2-lite": dict(batch_size=512, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=100_000),
+    "v2": dict(batch_size=2304, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=100_000),
+}
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors and flags
+# ----------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something the user can mend; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults and answers bad input with one sentence."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def explicit(self, argv: list[str] | None = None) -> set[str]:
+        """The names of the flags that were typed."""
+        saved = {action.dest: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        typed = set(vars(self.parse_args(argv)))
+        for action in self._actions:
+            action.default = saved[action.dest]
+        return typed
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(), turning what a user can mend into one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # consoles that cannot show a letter show a '?'
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        main()
+    except (UsageError, DataError, ConfigError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argparse type: a finite int or float in [low, high], or in (low, high]."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise ValueError
+        return value
+
+    limits = f"above {low}" if above else f"of at least {low}"
+    parse.__name__ = f"{kind.__name__} {limits}" + (
+        f" and at most {high}" if high < math.inf else ""
+    )
+    return parse
+
+
+def add_common_flags(parser: Parser) -> None:
+    """The flags that train.py and finetune.py share."""
+    add, positive = parser.add_argument, number(int, 1)
+    add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
+    add("--minutes", type=number(float, 0, above=True), help="instead: as many steps as fit")
+    add("--batch_size", type=positive, help="sequences per step (default: the recipe's)")
+    add("--seq_len", type=positive, help="tokens per sequence (default: the model's context)")
+    add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: 1)")
+    add("--lr", type=number(float, 0, above=True), help="highest learning rate (default: recipe's)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
+    add(
+        "--schedule",
+        choices=["step", "cosine", "constant"],
+        default="step",
+        help="step: x0.316 at 60%% and 90%% as the paper; cosine: to 10%% (default: step)",
+    )
+    add("--eval_every", type=positive, help="steps between evaluations (default: a tenth of all)")
+    add("--save_every", type=positive, help="steps between checkpoints (default: --eval_every)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights and data (default: 0)")
+    add("--out", default="out", help="folder for checkpoint, log and curves (default: out)")
+    add("--resume", action="store_true", help="go on with the run in --out (default: off)")
+    add("--overwrite", action="store_true", help="replace the run in --out (default: off)")
+    add(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there is)"
+    )
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the matrix products (default: auto, bfloat16 where the hardware has it)",
+    )
+    add("--compile", action="store_true", help="use torch.compile (default: off)")
+    add(
+        "--checkpoint_activations",
+        action="store_true",
+        help="less memory for a quarter more time (default: off)",
+    )
+    add(
+        "--log_level",
+        choices=["quiet", "info"],
+        default="info",
+        help="quiet: errors only (default: info)",
+    )
+
+
+def add_config_flags(parser: Parser) -> None:
+    """A flag for every field of Config; unset ones keep the preset's value."""
+    group = parser.add_argument_group("model (every field of Config; default: the size's)")
+    for name, (kind, meaning) in Config.describe().items():
+        group.add_argument(f"--{name}", type=_config_type(kind), help=meaning, metavar="X")
+
+
+def _config_type(kind: Any) -> Callable[[str], Any]:
+    def parse(text: str):
+        if text.lower() in ("none", "null") and kind in (int | None, dict | None):
+            return "none"
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind == dict | None:
+            return json.loads(text)
+        return (int if kind == int | None else kind)(text)
+
+    def convert(text: str):
+        try:
+            return parse(text)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}") from None
+
+    return convert
+
+
+def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config that were given as flags."""
+    given = {name: getattr(args, name) for name in Config.describe()}
+    return {k: None if v == "none" else v for k, v in given.items() if v is not None}
+
+
+# ----------------------------------------------------------------------------------------------
+# Device, dtype, memory
+# ----------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """auto takes cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except Exception as error:  # each backend has its own kinds
+        raise UsageError(f"device {name!r} cannot be used here: try --device cpu") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 where the hardware computes it, fp16 on older CUDA cards, otherwise fp32."""
+    if name != "auto":
+        if name == "float16" and device.type != "cuda":
+            raise UsageError("dtype float16 needs a CUDA card: use float32 or bfloat16")
+        return getattr(torch, name)
+    if device.type == "cuda":  # is_bf16_supported() would also count emulation
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context in which the model is called: mixed precision, or nothing for fp32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on the device; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return None
+    except OSError:
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+
+
+def estimate_memory(config: Config, micro_batch: int, seq_len: int, checkpointing: bool) -> int:
+    """Bytes that training needs, roughly: weights, gradients and two Adam moments in fp32, and
+    what the backward pass needs of each token."""
+    c = config
+    with torch.device("meta"):
+        total, _ = DeepSeek(c).num_parameters()
+    heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
+    chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
+    layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
+    layers = (
+        1 + c.num_hidden_layers * c.hidden_size / layer if checkpointing else c.num_hidden_layers
+    )
+    logits = 4 * min(micro_batch * seq_len * c.vocab_size, 2**25)
+    return int(16 * total + 4 * micro_batch * seq_len * layer * layers + 4 * logits + 3e8)
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints, log, curves
+# ----------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write next to path, sync, rename: whatever happens, path holds a complete checkpoint."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of train.py, its tensors still on disk (memory-mapped). Raises UsageError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} does not exist: make one with train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, zipfile and pickle each raise their own
+        raise UsageError(f"checkpoint {path} cannot be read: it is damaged or not one") from error
+    if not isinstance(state, dict) or state.get("program") != "deepseek.py":
+        raise UsageError(f"{path} is not a checkpoint of train.py")
+    if state["format"] != FORMAT:
+        raise UsageError(f"checkpoint {path} has format {state['format']}, this program {FORMAT}")
+    return state
+
+
+def build_model(state: dict[str, Any]) -> DeepSeek:
+    """The model of a checkpoint, on the CPU in fp32, in eval mode."""
+    with torch.device("meta"):
+        model = DeepSeek(Config(**state["config"]))
+    try:
+        model.load_state_dict(state["model"], assign=True)
+    except RuntimeError as error:
+        raise UsageError("the checkpoint's tensors do not fit its own configuration") from error
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+class Log:
+    """log.jsonl: a header with arguments, config and versions, then an object per step."""
+
+    def __init__(self, folder: Path, header: dict[str, Any], resume_at: int | None = None):
+        self.path = folder / "log.jsonl"
+        if resume_at is None:
+            lines = [header]
+        else:  # steps after the checkpoint will be taken again
+            lines = [r for r in read_log(self.path) if r.get("step", 0) <= resume_at] or [header]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a log; a last line that a crash cut short is left out."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+    except FileNotFoundError:
+        return
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """To significant digits, which is what a log needs."""
+    return float(f"{value:.{digits}g}")
+
+
+def draw_curves(log: Path, target: Path) -> None:
+    """curves.png from log.jsonl: loss, learning rate, expert load per layer."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    header, *records = read_log(log)
+    if not records:
+        return
+    steps = np.array([r["step"] for r in records])
+    losses = np.array([r["loss"] for r in records])
+    evaluated = [r for r in records if "val_loss" in r]
+    loads = [r for r in records if "expert_load" in r]
+
+    fig, (top, middle, bottom) = plt.subplots(
+        3, 1, figsize=(8, 9), height_ratios=[3, 1, 2], sharex=True, layout="constrained"
+    )
+    span = max(1, len(losses) // 100)
+    smooth = np.convolve(losses, np.ones(span) / span, "valid")
+    top.plot(steps, losses, color="tab:blue", alpha=0.2, lw=0.7)
+    top.plot(steps[span - 1 :], smooth, color="tab:blue", label=f"training, mean of {span} steps")
+    top.plot(
+        [r["step"] for r in evaluated],
+        [r["val_loss"] for r in evaluated],
+        "o-",
+        color="tab:orange",
+        ms=4,
+        label="held out",
+    )
+    top.set_ylabel("cross-entropy (nats per token)")
+    top.set_ylim(bottom=0, top=max(losses[: max(3, len(losses) // 20)].max(), losses[-1]) * 1.03)
+    top.legend(frameon=False)
+    top.set_title(f"{header['args']['size']} on {header['args']['data']}")
+    middle.plot(steps, [r["lr"] for r in records], color="tab:green")
+    middle.set_ylabel("learning rate")
+    middle.set_ylim(bottom=0)
+    if loads:
+        grid = np.array([np.concatenate(r["expert_load"]) for r in loads]).T  # layers*E, times
+        experts = len(loads[0]["expert_load"][0])
+        grid = grid * experts
+        edges = [0] + [r["step"] for r in loads]
+        mesh = bottom.pcolormesh(
+            edges, np.arange(len(grid) + 1), grid, cmap="RdBu_r", vmin=0, vmax=2, rasterized=True
+        )
+        bottom.set_yticks(np.arange(0, len(grid) + 1, experts))
+        bottom.set_yticklabels([])
+        bottom.set_ylabel(f"{len(grid) // experts} MoE layers x {experts} experts")
+        bottom.invert_yaxis()
+        fig.colorbar(mesh, ax=bottom, label="load / average", extend="max")
+    bottom.set_xlabel("step")
+    temporary = target.with_suffix(".tmp.png")
+    fig.savefig(temporary, dpi=110)
+    plt.close(fig)
+    os.replace(temporary, target)
+
+
+# ----------------------------------------------------------------------------------------------
+# Optimizer, schedule, evaluation
+# ----------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, 0.95), fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2 or cosine to a tenth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = step / steps
+    if schedule == "step":
+        return peak * (0.316 if done >= 0.6 else 1) * (0.316 if done >= 0.9 else 1)
+    if schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return peak
+
+
+@contextmanager
+def evaluating(model: DeepSeek) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards as before."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(mode)
+
+
+def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> tuple[float, float]:
+    """(nats per token, bits per byte) on held-out windows: cross-entropy alone."""
+    nats = 0.0
+    with evaluating(model), autocast(device, dtype):
+        for inputs, targets in held_out.rows:
+            loss = model(inputs.to(device), targets.to(device)).loss
+            nats += loss.item() * int((targets != data.IGNORE).sum())
+    return nats / held_out.tokens, nats / math.log(2) / max(1, held_out.bytes)
+
+
+def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: int = 60) -> str:
+    """A short text from the model, the same random numbers each time."""
+    ids = [tokenizer.token_to_id(data.BOS), *tokenizer.encode(prompt).ids]
+    generator = torch.Generator(device).manual_seed(1)
+    with evaluating(model):
+        stream = model.generate(
+            [ids],
+            length,
+            temperature=0.8,
+            stop=tokenizer.token_to_id(data.EOS),
+            vocab_size=tokenizer.get_vocab_size(),
+            generator=generator,
+        )
+        return prompt + tokenizer.decode([int(t) for t in stream])
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------
+
+
+def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None:
+    """Check --out and return the checkpoint to go on from, or None for a new run.
+
+    With --resume the stored flags replace args; typed ones may repeat them, and --steps may
+    grow. Raises UsageError when that cannot be done without harm.
+    """
+    out = Path(args.out)
+    checkpoint = out / "ckpt.pt"
+    if args.resume:
+        if not checkpoint.is_file():
+            raise UsageError(f"there is nothing to resume: {checkpoint} does not exist")
+        state = load_checkpoint(checkpoint)
+        stored = state["args"]
+        for name in sorted(typed - {"resume", "out", "log_level", "device"}):
+            value, old = getattr(args, name), stored.get(name)
+            if name == "steps" and value >= (old or 0):
+                continue
+            if value != old:
+                raise UsageError(
+                    f"--{name} {value} differs from the run's {old}: leave it out, or start"
+                    " another run in another --out"
+                )
+        keep = {"resume", "out"} | (typed & {"steps", "device", "log_level"})
+        for name, value in stored.items():
+            if name not in keep:
+                setattr(args, name, value)
+        return state
+    if not args.overwrite:
+        for name in ("ckpt.pt", "log.jsonl"):
+            if (out / name).exists():
+                raise UsageError(
+                    f"{out} holds another run: give --resume, --overwrite, or another --out"
+                )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / "ckpt.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    return None
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--size", choices=list(PRESETS), default="tiny", help="(default: tiny)")
+    parser.add_argument(
+        "--data", help=".txt, .jsonl, a folder of .txt, or tinystories (default: none yet)"
+    )
+    add_common_flags(parser)
+    parser.add_argument(
+        "--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)"
+    )
+    parser.add_argument(
+        "--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)"
+    )
+    parser.add_argument(
+        "--eval_tokens",
+        type=number(int, 1),
+        default=50_000,
+        help="held-out tokens per evaluation (default: 50000)",
+    )
+    add_config_flags(parser)
+    return parser
+
+
+def main() -> None:
+    # 1. What is asked for, and is it possible?
+    parser = make_parser()
+    args, typed = parser.parse_args(), parser.explicit()
+    if not args.data and not args.resume:
+        raise UsageError(
+            "--data is missing: give a .txt, a .jsonl, a folder of .txt, or tinystories"
+        )
+    if args.steps and args.minutes:
+        raise UsageError("--steps and --minutes exclude each other: give one")
+    overrides = config_overrides(args)
+    state = open_run(args, typed)
+    out = Path(args.out)
+    say = print if args.log_level == "info" else lambda *_, **__: None
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    recipe = RECIPES[args.size]
+    if state is None:
+        if not args.steps and not args.minutes:
+            args.steps, args.minutes = recipe.get("steps"), recipe.get("minutes")
+        for name in ("batch_size", "lr", "warmup"):
+            if getattr(args, name) is None:
+                setattr(args, name, recipe[name])
+        args.grad_accum = args.grad_accum or min(recipe.get("grad_accum", 1), args.batch_size)
+        base = Config.preset(args.size, **overrides)
+        args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
+        args.vocab_size = base.vocab_size
+    elif state["step"] >= (args.steps or math.inf):
+        say(f"the run in {out} is finished: {state['step']} steps; a larger --steps goes on")
+        return
+    if args.batch_size % args.grad_accum:
+        raise UsageError(
+            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
+        )
+
+    # 2. Text and model
+    torch.manual_seed(args.seed)
+    corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(out))
+    tokenizer = corpus.tokenizer
+    if state is None:
+        overrides |= dict(
+            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+            bos_token_id=tokenizer.token_to_id(data.BOS),
+            eos_token_id=tokenizer.token_to_id(data.EOS),
+        )
+        overrides.setdefault(
+            "max_position_embeddings",
+            max(args.seq_len, PRESETS[args.size].get("max_position_embeddings", 0)),
+        )
+        config = Config.preset(args.size, **overrides)
+    elif state["tokenizer"] != tokenizer.to_str():
+        raise UsageError(f"--data {args.data} has changed since the run began: start another run")
+    else:
+        config = Config(**state["config"])
+    if args.seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--seq_len {args.seq_len} exceeds max_position_embeddings ="
+            f" {config.max_position_embeddings}"
+        )
+    batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
+    sizes = data.token_bytes(tokenizer)
+    micro_batch = args.batch_size // args.grad_accum
+    held_out = data.windows(corpus.val, sizes, args.seq_len, max(8, micro_batch), args.eval_tokens)
+    if not held_out.tokens:
+        raise DataError(f"{args.data} is too short: nothing is left to hold out; give more text")
+
+    # 3. What it will do, and whether it fits
+    needed = estimate_memory(config, micro_batch, args.seq_len, args.checkpoint_activations)
+    there = free_memory(device)
+    if there is not None and needed > there:
+        raise UsageError(
+            f"about {needed / 2**30:.1f} GiB of memory are needed and {there / 2**30:.1f} GiB are"
+            " free: use a smaller --size, more --grad_accum, or --checkpoint_activations"
+        )
+    model = build_model(state) if state else DeepSeek(config)
+    total, active = model.num_parameters()
+    model = model.to(device).train()
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    cached = config.num_hidden_layers * config.cache_dim
+    say(f"model    {args.size}: {total:,} parameters, {active:,} active per token")
+    say(f"cache    {cached:,} numbers per token, {4 * cached / 1024:.1f} KiB in fp32")
+    say(
+        f"data     {corpus.name}: {len(corpus.train.ids):,} training tokens,"
+        f" {len(corpus.val.ids):,} held out, vocabulary {tokenizer.get_vocab_size():,}"
+    )
+    say(
+        f"step     {args.batch_size} x {args.seq_len} = {args.batch_size * args.seq_len:,} tokens,"
+        f" in {args.grad_accum} piece(s)"
+    )
+    say(
+        f"machine  {device}, {str(dtype).removeprefix('torch.')}, about {needed / 2**30:.2f} GiB"
+        + (f" of {there / 2**30:.1f} free" if there else "")
+    )
+    say(f"writes   {out / 'ckpt.pt'}, log.jsonl, curves.png; prepared text in {corpus.folder}")
+
+    # 4. Where it stands
+    run = SimpleNamespace(step=0, tokens=0, best=math.inf)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        run = SimpleNamespace(
+            step=state["step"], tokens=state["tokens"], best=state["best_val_loss"]
+        )
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"].get("cuda") is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        say(f"resumes  at step {run.step}")
+    elif args.overwrite:
+        for name in ("ckpt.pt", "log.jsonl", "curves.png"):
+            (out / name).unlink(missing_ok=True)
+    versions = dict(
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        tokenizers=tokenizers.__version__,
+    )
+    header = dict(
+        args=vars(args), config=asdict(config), versions=versions, parameters=[total, active]
+    )
+    log = Log(out, header, run.step if state else None)
+    state = None  # its tensors are in use now or not needed
+
+    def save() -> None:
+        save_checkpoint(
+            out / "ckpt.pt",
+            dict(
+                program="deepseek.py",
+                format=FORMAT,
+                kind="pretraining",
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                config=asdict(config),
+                tokenizer=tokenizer.to_str(),
+                step=run.step,
+                tokens=run.tokens,
+                best_val_loss=run.best,
+                rng=dict(
+                    cpu=torch.get_rng_state(),
+                    cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                ),
+                args=vars(args),
+                versions=versions,
+            ),
+        )
+
+    # 5. The loop
+    stop = SimpleNamespace(asked=False)
+
+    def ask_to_stop(*_: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    forward = torch.compile(model) if args.compile else model
+    began = time.perf_counter()
+    durations: list[float] = []
+    eval_seconds = 0.0
+    if run.step == 0:
+        tick = time.perf_counter()
+        val_loss, _ = evaluate(model, held_out, device, dtype)
+        eval_seconds = time.perf_counter() - tick
+        say(f"before training: {val_loss:.4f} nats/token held out")
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=_bar_off(args.log_level))
+    while not stop.asked and run.step < (args.steps or math.inf):
+        tick = time.perf_counter()
+        lr = learning_rate(run.step, args.steps or 10**9, args.lr, args.warmup, args.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        inputs, targets = (t.to(device) for t in batches.at(run.step))
+        loss, aux_loss, load = 0.0, 0.0, 0.0
+        for x, y in zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True):
+            with autocast(device, dtype):
+                result = forward(x, y, checkpoint_activations=args.checkpoint_activations)
+            scaler.scale((result.loss + result.aux_loss) / args.grad_accum).backward()
+            loss = loss + result.loss.detach() / args.grad_accum
+            aux_loss = aux_loss + result.aux_loss.detach() / args.grad_accum
+            load = load + result.expert_load / args.grad_accum
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        busiest = load.max() * load.shape[-1] if load.numel() else norm.new_zeros(())
+        loss, aux_loss, norm, busiest = torch.stack([loss, aux_loss, norm, busiest]).tolist()
+        run.step += 1
+        run.tokens += inputs.numel()
+        durations.append(time.perf_counter() - tick)
+
+        if args.steps is None and run.step == 20:
+            # Half the steps of each kind: the median forgives the first, slow ones.
+            spent, per_step = time.perf_counter() - began, statistics.median(durations)
+            left = 0.96 * 60 * args.minutes - spent - 11 * (eval_seconds + 1)
+            args.steps = run.step + max(1, int(left / per_step))
+            bar.total = args.steps
+        last = run.step == args.steps
+        every = args.eval_every or max(1, (args.steps or 10**9) // 10)
+        record = dict(
+            step=run.step,
+            tokens=run.tokens,
+            loss=rounded(loss),
+            aux_loss=rounded(aux_loss),
+            lr=rounded(lr),
+            grad_norm=rounded(norm, 4),
+            tok_per_s=rounded(inputs.numel() / durations[-1], 4),
+            expert_load_max=rounded(busiest, 4),
+        )
+        if run.step % every == 0 or last:
+            record["val_loss"], record["val_bpb"] = evaluate(model, held_out, device, dtype)
+            record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
+            run.best = min(run.best, record["val_loss"])
+        log.write(**record)
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{inputs.numel() / durations[-1]:,.0f}")
+        if "val_loss" in record:
+            log.flush()
+            draw_curves(log.path, out / "curves.png")
+            text = write_sample(model, tokenizer, device).replace("\n", " ")
+            if args.log_level == "info":
+                bar.write(
+                    f"step {run.step}: loss {loss:.4f}, held out {record['val_loss']:.4f} nats/token,"
+                    f" {record['val_bpb']:.4f} bits/byte | {text[:150]}"
+                )
+        if run.step % (args.save_every or every) == 0 or last:
+            log.flush()
+            save()
+    bar.close()
+
+    # 6. The end
+    log.flush()
+    for number_, handler in before.items():
+        signal.signal(number_, handler)
+    if stop.asked:
+        save()
+        say(f"\nstopped at step {run.step}; python train.py --resume --out {out} goes on")
+        return
+    minutes = (time.perf_counter() - began) / 60
+    say(f"\n{write_sample(model, tokenizer, device, length=200)}\n")
+    say(
+        f"{run.step} steps, {run.tokens:,} tokens, {minutes:.1f} minutes: held out"
+        f" {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits per byte"
+    )
+    say(f'next: python sample.py --ckpt {out / "ckpt.pt"} --prompt "Once upon a time"')
+
+
+def _bar_off(log_level: str) -> bool | None:
+    return True if log_level == "quiet" else None  # None: off where no terminal is
+
+
+if __name__ == "__main__":
+    run_script(main)
