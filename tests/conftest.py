@@ -1,0 +1,49 @@
+"""What several tests need: small configurations and the independent implementation."""
+
+import pytest
+import torch
+
+from deepseek import YARN_V2, Config, DeepSeek
+
+# dn, dr, dv, R all different, two dense layers possible, 8 experts in 4 groups
+SMALL = dict(
+    vocab_size=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, q_lora_rank=None,
+    kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=14, intermediate_size=80,
+    moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=3, n_group=1, topk_group=1,
+    topk_method="greedy", routed_scaling_factor=1.0, comm_loss_alpha=0.0, rope_scaling=None,
+    max_position_embeddings=128, initializer_range=0.06, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+GROUPS = dict(
+    n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=16.0
+)
+YARN = dict(rope_scaling=YARN_V2 | dict(original_max_position_embeddings=16, factor=8))
+
+
+def small(**overrides) -> Config:
+    return Config(**SMALL | overrides)
+
+
+def random_model(config: Config, seed: int = 0) -> DeepSeek:
+    """A model whose norm weights are random too: a misplaced norm must show."""
+    torch.manual_seed(seed)
+    model = DeepSeek(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def oracle(config: Config):
+    """transformers' DeepSeek-V2 of the same configuration, which we have no part in."""
+    transformers = pytest.importorskip("transformers")
+    names = set(transformers.DeepseekV2Config().to_dict()) - {"rope_scaling"}
+    same = {k: v for k, v in vars(config).items() if k in names}
+    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    rope["rope_type"] = rope.pop("type", rope["rope_type"])
+    other = transformers.DeepseekV2Config(
+        **same, rope_parameters=rope, attention_bias=False, tie_word_embeddings=False
+    )
+    other._attn_implementation = "eager"
+    other._experts_implementation = "eager"
+    return transformers.DeepseekV2ForCausalLM(other).eval()

@@ -1,0 +1,643 @@
+"""The model against an independent implementation, closed forms and the paper's numbers."""
+
+import math
+
+import pytest
+import torch
+from conftest import GROUPS, YARN, oracle, random_model, small
+from torch.nn import functional as F
+
+import deepseek
+from deepseek import (
+    MLA,
+    YARN_V2,
+    Config,
+    ConfigError,
+    DeepSeek,
+    Experts,
+    Gate,
+    RMSNorm,
+    Routing,
+    balance_loss,
+    drop_tokens,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+    softmax_scale,
+)
+
+GRID = [
+    pytest.param(q | g | y, id="-".join(names))
+    for q, n1 in (({}, "direct"), (dict(q_lora_rank=28), "compressed"))
+    for g, n2 in (({}, "greedy"), (GROUPS, "grouped"))
+    for y, n3 in (({}, "rope"), (YARN, "yarn"))
+    for names in [(n1, n2, n3)]
+]
+CHUNKS = ((0, 7), (7, 12), (12, 13), (13, 14), (14, 40))
+
+
+def close(a, b, relative=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= relative * b.abs().max(), (a - b).abs().max() / b.abs().max()
+
+
+def in_chunks(model, ids, absorb):
+    cache = model.new_cache(len(ids), 64)
+    return torch.cat([model(ids[:, a:b], cache=cache, absorb=absorb).logits for a, b in CHUNKS], 1)
+
+
+# --- the whole model ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absorb", [None, True, False])
+@pytest.mark.parametrize("overrides", GRID)
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(overrides, absorb):
+    model = random_model(small(**overrides))
+    other = oracle(model.config)
+    other.load_state_dict(model.state_dict())  # the names are the official ones: no table needed
+    ids = torch.randint(0, 96, (2, 40))
+    expected = other(ids).logits
+    close(model(ids, absorb=absorb).logits, expected)
+    close(in_chunks(model, ids, absorb), expected)
+
+
+@torch.no_grad()
+def test_two_dense_layers_equal_transformers():
+    model = random_model(small(first_k_dense_replace=2))
+    other = oracle(model.config)
+    other.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 96, (2, 30))
+    close(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("overrides", [{}, GROUPS | YARN | dict(q_lora_rank=28)])
+def test_gradients_equal_those_of_transformers(overrides):
+    model = random_model(small(aux_loss_alpha=0.0, device_loss_alpha=0.0, **overrides)).train()
+    other = oracle(model.config)
+    other.load_state_dict(model.state_dict())
+    ids, targets = torch.randint(0, 96, (2, 2, 24))
+    model(ids, targets).loss.backward()
+    F.cross_entropy(other(ids).logits.flatten(0, 1), targets.flatten()).backward()
+    expected = dict(other.named_parameters())
+    for name, p in model.named_parameters():
+        close(p.grad, expected[name].grad, 1e-4)
+
+
+@torch.no_grad()
+def test_bfloat16_model_stays_near_float32():
+    # every expert is taken: a near tie that rounding decides otherwise would hide all else
+    model = random_model(small(num_experts_per_tok=8))
+    ids = torch.randint(0, 96, (2, 40))
+    exact = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        close(model(ids).logits.float(), exact, 0.05)
+        close(in_chunks(model, ids, None).float(), exact, 0.05)
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one():
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * (
+        torch.backends.mps.is_available()
+    ):
+        model = random_model(small()).to(device)
+        ids = torch.randint(0, 96, (1, 20), device=device)
+        changed = ids.clone()
+        changed[:, 12:] = (changed[:, 12:] + 1) % 96
+        a, b = model(ids).logits, model(changed).logits
+        assert torch.allclose(a[:, :12], b[:, :12], atol=1e-6)
+        assert not torch.allclose(a[:, 12:], b[:, 12:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, total, active, cached",
+    [
+        ("v2-lite", 15_706_484_224, 2_451_435_008, 15_552),
+        ("v2", 235_741_434_880, 20_851_512_320, 34_560),
+    ],
+)
+def test_parameters_and_cache_are_the_papers(name, total, active, cached):
+    config = Config.preset(name)
+    with torch.device("meta"):
+        model = DeepSeek(config)
+    assert model.num_parameters() == (total, active)
+    with torch.device("meta"):
+        assert model.new_cache(1, 1).latents.numel() == cached
+    attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
+    assert attention == {"v2-lite": 13_763_072, "v2": 149_227_520}[name]
+
+
+@pytest.mark.parametrize(
+    "name, low, high", [("tiny", 2.5e6, 3.5e6), ("small", 27e6, 33e6), ("1b", 0.97e9, 1.03e9)]
+)
+def test_the_small_sizes_keep_every_idea(name, low, high):
+    config = Config.preset(name)
+    with torch.device("meta"):
+        model = DeepSeek(config)
+    assert low < model.num_parameters()[0] < high
+    assert config.first_k_dense_replace == 1 and config.n_shared_experts == 2
+    if name == "1b":
+        assert config.q_lora_rank and config.topk_method == "group_limited_greedy"
+        assert config.n_routed_experts >= 48 and config.moe_intermediate_size <= 512
+
+
+def test_names_and_shapes_are_those_of_the_official_checkpoint():
+    with torch.device("meta"):
+        shapes = {k: list(v.shape) for k, v in DeepSeek(Config.preset("v2-lite")).state_dict().items()}
+    assert shapes["lm_head.weight"] == [102400, 2048]  # not tied
+    assert shapes["model.layers.0.mlp.gate_proj.weight"] == [10944, 2048]  # layer 0 is dense
+    at = "model.layers.1."
+    for name, shape in {
+        "self_attn.q_proj.weight": [3072, 2048],
+        "self_attn.kv_a_proj_with_mqa.weight": [576, 2048],
+        "self_attn.kv_a_layernorm.weight": [512],
+        "self_attn.kv_b_proj.weight": [4096, 512],
+        "self_attn.o_proj.weight": [2048, 2048],
+        "mlp.gate.weight": [64, 2048],
+        "mlp.experts.gate_up_proj": [64, 2816, 2048],
+        "mlp.experts.down_proj": [64, 2048, 1408],
+        "mlp.shared_experts.gate_proj.weight": [2816, 2048],
+        "mlp.shared_experts.up_proj.weight": [2816, 2048],
+        "mlp.shared_experts.down_proj.weight": [2048, 2816],
+        "input_layernorm.weight": [2048],
+        "post_attention_layernorm.weight": [2048],
+    }.items():
+        assert shapes.pop(at + name) == shape
+    assert not [k for k in shapes if k.startswith(at)]
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < set(shapes)
+    assert not [k for k in shapes if k.startswith("model.layers.27")]
+
+
+def test_initial_weights_have_the_stated_spread():
+    model = DeepSeek(Config.preset("tiny", initializer_range=0.03))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            assert p.std().item() == pytest.approx(0.03, rel=0.05), name
+        else:
+            assert (p == 1).all(), name
+
+
+def test_activation_checkpointing_changes_nothing():
+    ids, targets = torch.randint(0, 96, (2, 2, 16))
+    grads = []
+    for keep in (False, True):
+        model = random_model(small(token_drop_capacity=1.0, **GROUPS)).train()
+        torch.manual_seed(3)  # the sequences exempt from dropping are drawn: the same ones again
+        out = model(ids, targets, checkpoint_activations=keep)
+        (out.loss + out.aux_loss).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_without_a_graph_break():
+    model = random_model(small(num_hidden_layers=2, hidden_size=48, moe_intermediate_size=24))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids, targets = torch.randint(0, 96, (2, 2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        close(compiled(ids, targets).loss, model(ids, targets).loss, 1e-3)
+
+
+def test_chunked_cross_entropy_equals_the_whole():
+    model = random_model(small()).train()
+    x = torch.randn(3, 10, 48, requires_grad=True)
+    targets = torch.randint(0, 96, (3, 10))
+    targets[1, 4:] = -100
+    results = []
+    for chunk_elements in (2**25, 96 * 7):
+        loss = model.cross_entropy(x, targets, chunk_elements)
+        results.append((loss, *torch.autograd.grad(loss, [x, model.lm_head.weight])))
+    expected = F.cross_entropy(model.lm_head(x).flatten(0, 1), targets.flatten())
+    close(results[0][0], expected)
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    assert model.cross_entropy(x, torch.full_like(targets, -100)).item() == 0
+
+
+def test_loss_is_cross_entropy_alone_and_evaluation_has_no_balance_loss():
+    model = random_model(small(aux_loss_alpha=5.0))
+    ids, targets = torch.randint(0, 96, (2, 2, 16))
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    out = model(ids, targets)
+    close(out.loss, expected)
+    assert isinstance(out.aux_loss, torch.Tensor) and out.aux_loss == 0
+    out = model.train()(ids, targets)
+    close(out.loss, expected)
+    assert out.aux_loss > 5
+    assert out.expert_load.shape == (2, 8)
+    assert torch.allclose(out.expert_load.sum(1), torch.ones(2))
+
+
+# --- norm, RoPE, YaRN --------------------------------------------------------------------------
+
+
+def test_rmsnorm_casts_before_the_weight():
+    norm, x = RMSNorm(64), torch.randn(5, 64).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x32 = x.float()
+    unit = x32 / (x32.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm.bfloat16()(x), norm.weight * unit.bfloat16())
+
+
+def test_rope_is_multiplication_by_a_complex_number():
+    config = small()
+    x, positions = torch.randn(2, 9, 3, 8), torch.arange(9)[None]
+    pairs = torch.view_as_complex(x.reshape(2, 9, 3, 4, 2))  # neighbours, not halves
+    turn = torch.tensor([10000.0 ** (-2 * j / 8) for j in range(4)])
+    unit = torch.polar(torch.ones(9, 4), torch.arange(9.0)[:, None] * turn)
+    expected = torch.view_as_real(pairs * unit[None, :, None]).flatten(-2)
+    assert torch.allclose(rotate(x, *rope_angles(config, positions)), expected, atol=1e-6)
+
+
+def test_yarn_slows_each_pair_by_the_golden_ratio():
+    plain, yarn = Config.preset("v2", rope_scaling=None), Config.preset("v2")
+    ratio = rope_frequencies(yarn) / rope_frequencies(plain)
+    assert torch.allclose(ratio[:11], torch.ones(11))
+    golden = torch.tensor([0.925, 0.55, 0.1])
+    assert torch.allclose(ratio[[11, 16, 22]], golden, atol=1e-4)
+    assert torch.allclose(ratio[23:], torch.full((9,), 0.025), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scaling, golden",
+    [
+        (None, 0.0721688),
+        (YARN_V2, 0.1147214),
+        (YARN_V2 | dict(mscale=1.0, mscale_all_dim=1.0), 0.1352338),
+    ],
+)
+def test_softmax_scale_is_golden_and_cos_is_not_scaled(scaling, golden):
+    config = Config.preset("v2", rope_scaling=scaling)
+    assert softmax_scale(config) == pytest.approx(golden, abs=5e-8)
+    assert torch.equal(rope_angles(config, torch.zeros(1))[0], torch.ones(1, 32))
+
+
+# --- MLA ---------------------------------------------------------------------------------------
+
+
+def test_cache_holds_the_normed_latent_and_the_rotated_key():
+    model = random_model(small())
+    cache, ids = model.new_cache(1, 16), torch.randint(0, 96, (1, 5))
+    with torch.no_grad():
+        model(ids, cache=cache)
+        layer = model.model.layers[0]
+        x = layer.input_layernorm(model.model.embed_tokens(ids))
+        latent, k_pe = layer.self_attn.kv_a_proj_with_mqa(x).split([20, 8], -1)
+        norm = layer.self_attn.kv_a_layernorm.weight
+        normed = latent / (latent.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm
+        turned = rotate(k_pe[:, :, None], *rope_angles(model.config, torch.arange(5)[None]))
+    assert cache.latents.shape == (3, 1, 16, 28)
+    close(cache.latents[0, :, :5], torch.cat([normed, turned[:, :, 0]], -1))
+    assert (cache.latents[:, :, 5:] == 0).all()
+
+
+def test_absorbing_pays_below_171_queries_in_v2():
+    config = Config.preset("v2")
+    assert deepseek.absorbing_is_cheaper(config, 170)
+    assert not deepseek.absorbing_is_cheaper(config, 171)
+
+
+def test_latent_norms_use_eps_1e_6_whatever_the_config_says():
+    attention = MLA(small(rms_norm_eps=1e-3, q_lora_rank=8))
+    assert attention.kv_a_layernorm.eps == attention.q_a_layernorm.eps == 1e-6
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_share_a_cache():
+    model = random_model(small())
+    cache, ids = model.new_cache(2, 32), torch.randint(0, 96, (2, 12))
+    model(ids[:, :6], cache=cache)
+    cache.lengths = [6, 3]  # the second row forgets three tokens, and is given them again
+    more = torch.stack([ids[0, 6:9], ids[1, 3:6]])
+    close(model(more, cache=cache).logits[1], model(ids[1:, :6]).logits[0, 3:])
+    close(model(ids[:, 6:9], cache=cache).logits[1], model(ids[1:, :9]).logits[0, 6:])
+
+
+def test_outgrowing_the_cache_or_the_context_is_refused():
+    model = random_model(small())
+    with pytest.raises(ValueError, match="5 tokens do not fit: the cache ends at 4"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache=model.new_cache(1, 4))
+    with pytest.raises(ValueError, match="129 tokens do not fit: the model ends at 128"):
+        model(torch.zeros(1, 129, dtype=torch.long))
+
+
+# --- router, losses, experts -------------------------------------------------------------------
+
+
+def gate_with(config, logits):
+    """A gate that gives these logits [T, E] for the rows of an identity matrix."""
+    gate = Gate(config)
+    gate.weight = torch.nn.Parameter(logits.T.contiguous())
+    return gate(torch.eye(len(logits))[None])
+
+
+def test_gate_weights_are_the_raw_probabilities():
+    config = small(hidden_size=9)
+    logits = torch.randn(9, 8)
+    routing = gate_with(config, logits)
+    probs = logits.softmax(-1)
+    assert torch.allclose(routing.weights[0], probs.gather(1, routing.index[0]))
+    assert torch.equal(routing.index[0].sort().values, probs.topk(3).indices.sort().values)
+    assert (routing.weights.sum(-1) < 1).all()
+    scaled = gate_with(small(hidden_size=9, routed_scaling_factor=16.0), logits)
+    assert torch.allclose(scaled.weights, 16 * routing.weights)
+
+
+def test_norm_topk_prob_normalises_instead_of_scaling():
+    config = small(hidden_size=9, norm_topk_prob=True, routed_scaling_factor=16.0)
+    assert torch.allclose(gate_with(config, torch.randn(9, 8)).weights.sum(-1), torch.ones(1, 9))
+    one = small(hidden_size=9, norm_topk_prob=True, num_experts_per_tok=1)
+    assert (gate_with(one, torch.randn(9, 8)).weights < 1).all()
+
+
+def test_a_group_is_judged_by_its_best_expert():
+    # one strong expert (group 0) against two medium ones (group 1), whose sum is larger
+    logits = torch.tensor([[3.0, -9.0, 2.8, 2.8, 0.0, 0.0, 0.0, 0.0]])
+    config = small(hidden_size=3, **GROUPS | dict(topk_group=1), num_experts_per_tok=2)
+    routing = gate_with(config, logits)
+    assert routing.index[0, 0].tolist() == [0, 1]
+    assert routing.sent[0, 0].tolist() == [True, False, False, False]
+
+
+def test_the_gate_computes_in_float32_under_autocast():
+    gate, x = Gate(small()), torch.randn(1, 50, 48)
+    torch.nn.init.normal_(gate.weight)
+    exact = gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gate(x)
+    assert torch.equal(exact.index, mixed.index) and torch.equal(exact.scores, mixed.scores)
+
+
+def routing_of(scores, index, sent=None):
+    if sent is None:
+        sent = torch.ones(*index.shape[:2], 4, dtype=torch.bool)
+    return Routing(scores, torch.ones(index.shape), index, sent)
+
+
+@pytest.mark.parametrize("kind", ["aux_loss_alpha", "device_loss_alpha", "comm_loss_alpha"])
+def test_uniform_probabilities_give_each_loss_its_weight(kind):
+    zero = dict(aux_loss_alpha=0.0, device_loss_alpha=0.0, comm_loss_alpha=0.0)
+    config = small(**GROUPS | zero | {kind: 0.25})
+    index = torch.rand(2, 10, 8).topk(3).indices  # whatever was chosen
+    sent = torch.zeros(2, 10, 4, dtype=torch.bool)
+    sent.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
+    loss = balance_loss(config, routing_of(torch.full((2, 10, 8), 1 / 8), index, sent))
+    assert loss.item() == pytest.approx(0.25, rel=1e-6)
+
+
+def test_balance_losses_equal_a_computation_by_hand():
+    # T = 2 tokens, E = 8, K = 3, groups {0,1} {2,3} {4,5} {6,7}, M = 2
+    scores = torch.tensor([[[0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0, 0], [0.1] * 4 + [0.3, 0.1, 0.1, 0.1]]])
+    index = torch.tensor([[[0, 1, 2], [4, 0, 1]]])
+    sent = torch.tensor([[[True, True, False, False], [True, False, True, False]]])
+    f = [8 / 6 * n for n in (2, 2, 1, 0, 1, 0, 0, 0)]
+    P = [0.2, 0.15, 0.15, 0.1, 0.2, 0.1, 0.05, 0.05]
+    expert = sum(a * b for a, b in zip(f, P, strict=True))
+    device = sum(
+        (f[i] + f[i + 1]) / 2 * (P[i] + P[i + 1]) for i in (0, 2, 4, 6)
+    )
+    communication = 4 / (2 * 2) * (2 * 0.35 + 1 * 0.25 + 1 * 0.3)
+    config = small(
+        **GROUPS, aux_loss_alpha=1.0, device_loss_alpha=10.0
+    )
+    config = Config(**vars(config) | dict(comm_loss_alpha=100.0))
+    loss = balance_loss(config, routing_of(scores, index, sent))
+    assert loss.item() == pytest.approx(expert + 10 * device + 100 * communication, rel=1e-5)
+
+
+def test_balance_is_per_sequence_not_per_batch():
+    # each sequence uses its own half of the experts: balanced as a batch, not as sequences
+    config = small(num_experts_per_tok=4, aux_loss_alpha=1.0, device_loss_alpha=0.0)
+    index = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])[:, None].expand(2, 6, 4)
+    scores = F.one_hot(index, 8).sum(-2) / 4.0
+    assert balance_loss(config, routing_of(scores, index)).item() == pytest.approx(2.0)
+
+
+def test_balance_gradient_flows_through_probabilities_only():
+    config = small(aux_loss_alpha=0.5, device_loss_alpha=0.0)
+    logits = torch.randn(2, 10, 8, requires_grad=True)
+    scores = logits.softmax(-1)
+    index = scores.topk(3).indices
+    grad = torch.autograd.grad(balance_loss(config, routing_of(scores, index)), scores)[0]
+    f = F.one_hot(index, 8).sum((1, 2)) * 8 / (3 * 10)  # B E
+    assert torch.allclose(grad, (0.5 * f / 10 / 2)[:, None].expand_as(grad))
+
+
+def test_accumulation_changes_no_gradient():
+    ids, targets = torch.randint(0, 96, (2, 4, 16))
+    grads = []
+    for pieces in (1, 4):
+        model = random_model(small(aux_loss_alpha=1.0, **GROUPS)).train()
+        for x, y in zip(ids.chunk(pieces), targets.chunk(pieces), strict=True):
+            out = model(x, y)
+            ((out.loss + out.aux_loss) / pieces).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_grouped_experts_equal_the_loop(dtype, relative):
+    torch.manual_seed(0)
+    experts = Experts(small())
+    gate_up, down = (torch.randn_like(p) * 0.3 for p in experts.parameters())
+    index = torch.rand(37, 8).topk(3).indices
+    index[index == 5] = 4  # expert 5 has nothing to do, expert 4 may get a token twice
+    results = []
+    for run in (experts.looped, experts.grouped):
+        given = [t.clone().requires_grad_() for t in (torch.ones(37, 48), torch.rand(37, 3))]
+        torch.manual_seed(1)
+        given[0].data.normal_()
+        given[1].data.uniform_()
+        weights = [t.to(dtype).requires_grad_() for t in (gate_up, down)]
+        out = run(given[0].to(dtype), index, given[1], *weights)
+        out.square().sum().backward()
+        results.append([out, *(t.grad.float() for t in (*given, *weights))])
+    for a, b in zip(*results, strict=True):
+        assert torch.isfinite(a).all()
+        close(a, b, relative)
+    for result in results:
+        assert (result[3][5] == 0).all() and (result[4][5] == 0).all()  # idle: gradient zero
+
+
+def test_can_group_is_used_where_it_runs():
+    assert Experts(small()).can_group(torch.device("cpu"), torch.float32)
+    unaligned = Experts(small(moe_intermediate_size=25))
+    assert not unaligned.can_group(torch.device("cpu"), torch.float32)
+    out = random_model(small(moe_intermediate_size=25))(torch.randint(0, 96, (1, 9)))
+    assert torch.isfinite(out.logits).all()
+
+
+def test_dropping_keeps_what_each_device_wants_most():
+    # 2 groups of 4 experts; capacity = 0.5 * (1*8*1)/2 = 2 of the 6 and 2 assignments
+    config = small(
+        n_group=2, num_experts_per_tok=1, token_drop_capacity=0.5, device_loss_alpha=0.0
+    )
+    index = torch.tensor([0, 1, 2, 3, 0, 1, 4, 5]).view(1, 8, 1)
+    weights = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4, 0.05, 0.06]).view(1, 8, 1)
+    routing = Routing(torch.zeros(1, 8, 8), weights, index, torch.ones(1, 8, 2, dtype=torch.bool))
+    torch.manual_seed(0)  # draws 0.496: the sequence is not exempt
+    dropped = drop_tokens(config, routing).flatten()
+    kept = [0, 0.9, 0, 0.8, 0, 0, 0.05, 0.06]
+    assert torch.allclose(dropped, torch.tensor(kept))
+
+
+def test_a_tenth_of_the_sequences_is_never_dropped():
+    config = small(n_group=2, num_experts_per_tok=1, token_drop_capacity=0.01)
+    index = torch.zeros(1000, 4, 1, dtype=torch.long)
+    routing = Routing(torch.zeros(0), torch.ones(1000, 4, 1), index, torch.zeros(0))
+    torch.manual_seed(0)
+    untouched = drop_tokens(config, routing).bool().all(1).sum().item()
+    assert 70 < untouched < 130
+
+
+@torch.no_grad()
+def test_nothing_is_dropped_in_evaluation():
+    strict, free = small(token_drop_capacity=0.1, **GROUPS), small(**GROUPS)
+    ids = torch.randint(0, 96, (4, 16))
+    model, same = random_model(strict), random_model(free)
+    close(model(ids).logits, same(ids).logits)
+    close(model(ids[:1]).logits, model(ids).logits[:1])  # nor does it depend on batch mates
+    assert not torch.allclose(model.train()(ids).logits, same(ids).logits, atol=1e-3)
+
+
+# --- generation --------------------------------------------------------------------------------
+
+
+def generated(model, prompts, n=12, **options):
+    return torch.stack(list(model.generate(prompts, n, **options)), 1)
+
+
+def test_greedy_generation_equals_the_uncached_argmax():
+    model = random_model(small(**GROUPS))
+    ids = torch.randint(0, 96, (2, 5))
+    out = generated(model, ids, temperature=0)
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, ids[:, 5:])
+
+
+def test_prompts_of_different_lengths_continue_as_if_alone():
+    model = random_model(small())
+    prompts = [[3, 4, 5, 6, 7, 8, 9], [11], [20, 21, 22]]
+    together = generated(model, prompts, temperature=0)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert torch.equal(generated(model, [prompt], temperature=0)[0], row)
+
+
+def test_stop_repeats_itself_and_ends_the_stream():
+    model = random_model(small())
+    free = generated(model, [[3, 4], [5, 6]], 40, temperature=0)
+    stop = int(free[0, 2])
+    rows = generated(model, [[3, 4], [5, 6]], 40, temperature=0, stop=stop)
+    assert (rows[0, 2:] == stop).all()
+    alone = generated(model, [[3, 4]], 40, temperature=0, stop=stop)
+    assert alone.shape[1] == free[0].tolist().index(stop) + 1
+
+
+def test_the_padding_of_the_vocabulary_never_comes_out():
+    model = random_model(small())
+    with torch.no_grad():
+        model.lm_head.weight[70:] *= 100  # what lies behind the vocabulary is loud
+    for temperature in (0, 1):
+        rows = generated(model, torch.zeros(8, 1, dtype=torch.long), 10, vocab_size=70,
+                         temperature=temperature)  # fmt: skip
+        assert rows.max() < 70
+
+
+def test_sampling_follows_the_distribution_and_its_cuts():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().expand(20_000, 4)
+
+    def share(**options):
+        g = torch.Generator().manual_seed(0)
+        return deepseek.sample(logits, generator=g, **options).bincount(minlength=4) / 20_000
+
+    assert torch.allclose(share(), probs, atol=0.02)
+    sharp = (probs**2) / (probs**2).sum()
+    assert torch.allclose(share(temperature=0.5), sharp, atol=0.02)
+    assert torch.allclose(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert torch.allclose(share(top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    three = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
+    assert torch.allclose(share(top_p=0.81), three, atol=0.02)
+    assert torch.equal(share(top_p=1e-9), torch.tensor([1.0, 0, 0, 0]))
+    assert torch.equal(share(temperature=1e-30), torch.tensor([1.0, 0, 0, 0]))
+
+
+def test_generation_is_repeated_by_its_generator_and_leaves_the_global_one_alone():
+    model = random_model(small())
+    before = torch.get_rng_state()
+    a, b = (generated(model, [[1]], generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_ends_where_the_context_does():
+    model = random_model(small(max_position_embeddings=10))
+    assert generated(model, [[1, 2, 3]], 100).shape == (1, 7)
+    assert not list(model.generate([[1]], 0))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompts=[]), "prompt is empty"),
+        (dict(prompts=[[1], []]), "prompt is empty"),
+        (dict(prompts=[[1] * 128]), "128 tokens leaves no room in the context of 128"),
+        (dict(temperature=-1), "temperature"),
+        (dict(temperature=math.nan), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_p=1.5), "top_p"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
+    ],
+)
+def test_generate_refuses_impossible_arguments_at_once(options, message):
+    model = random_model(small())
+    with pytest.raises(ValueError, match=message):
+        model.generate(**dict(prompts=[[1]], max_new_tokens=5) | options)
+    with pytest.raises(ValueError, match="eval"):
+        model.train().generate([[1]], 5)
+
+
+# --- config ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(qk_rope_head_dim=7), "qk_rope_head_dim = 7 must be even"),
+        (dict(n_group=3), "n_routed_experts = 8 must be a multiple of n_group = 3"),
+        (GROUPS | dict(num_experts_per_tok=5), "at most 4, the experts a token can reach"),
+        (dict(num_experts_per_tok=9), "at most 8"),
+        (dict(n_group=2, topk_group=3), "topk_group = 3 must be at most n_group = 2"),
+        (dict(hidden_size=50), "hidden_size = 50 must be a multiple of num_attention_heads = 3"),
+        (dict(topk_method="noaux_tc"), "topk_method = 'noaux_tc' is unknown"),
+        (dict(vocab_size=0), "vocab_size = 0 must be a whole number"),
+        (dict(vocab_size=1.5), "vocab_size = 1.5"),
+        (dict(num_hidden_layers=10**9), "is over 10000"),
+        (dict(rms_norm_eps=math.nan), "rms_norm_eps = nan"),
+        (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
+        (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1"),
+        (dict(norm_topk_prob="no"), "norm_topk_prob = 'no' must be true or false"),
+        (dict(comm_loss_alpha=0.1), "comm_loss_alpha = 0.1 needs"),
+        (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling type 'linear'"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2}), "lacks 'original_max_position"),
+        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 is below 1"),
+        (dict(rope_scaling=YARN_V2 | {"factro": 2}), "unknown key 'factro'"),
+    ],
+)
+def test_impossible_configs_are_refused_in_a_sentence(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        small(**overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_presets_refuse_unknown_names_and_fields():
+    with pytest.raises(ConfigError, match="size 'huge' is unknown"):
+        Config.preset("huge")
+    with pytest.raises(ConfigError, match="'n_experts' is not a field"):
+        Config.preset("tiny", n_experts=3)
+    assert Config.preset("1b", n_routed_experts=32).n_routed_experts == 32
