@@ -118,9 +118,10 @@ def _txt_documents(path: Path) -> Iterator[tuple[bool, str]]:
         for text in complete:
             yield True, text.rstrip() if started else text.strip()
             started = False
-        if len(buffer) > PIECE:
-            # leave what may be the beginning of a separator; prefer to cut before a new line
-            cut = max(buffer.rfind("\n", 0, len(buffer) - len(SEPARATOR)), PIECE // 2)
+        if len(buffer) > PIECE + len(SEPARATOR):
+            end = len(buffer) - len(SEPARATOR)  # behind it a separator may have begun
+            line = buffer.rfind("\n", PIECE // 2, end)  # better not within a word
+            cut = line if line >= 0 else end
             yield False, buffer[:cut] if started else buffer[:cut].lstrip()
             buffer, started = buffer[cut:], True
     yield True, buffer.rstrip() if started else buffer.strip()

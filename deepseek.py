@@ -211,10 +211,7 @@ class Config:
         d, h = self.hidden_size, self.num_attention_heads
         experts, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
         require(self.num_hidden_layers <= 10_000, f"{self.num_hidden_layers=} is over 10000")
-        require(
-            d % h == 0,
-            f"hidden_size = {d} must be a multiple of num_attention_heads = {h}",
-        )
+        require(d % h == 0, f"hidden_size = {d} must be a multiple of num_attention_heads = {h}")
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: RoPE rotates pairs",

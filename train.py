@@ -19,17 +19,18 @@ import platform
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 import tokenizers
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -118,45 +119,27 @@ def add_common_flags(parser: Parser) -> None:
     """The flags that train.py and finetune.py share."""
     add, positive = parser.add_argument, number(int, 1)
     add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
-    add("--minutes", type=number(float, 0, above=True), help="instead: as many steps as fit")
+    add("--minutes", type=number(float, 0, above=True), help="as many steps as fit (default: the recipe's)")
     add("--batch_size", type=positive, help="sequences per step (default: the recipe's)")
     add("--seq_len", type=positive, help="tokens per sequence (default: the model's context)")
-    add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: 1)")
+    add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: recipe's)")
     add("--lr", type=number(float, 0, above=True), help="highest learning rate (default: recipe's)")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
-    add(
-        "--schedule",
-        choices=["step", "cosine", "constant"],
-        default="step",
-        help="step: x0.316 at 60%% and 90%% as the paper; cosine: to 10%% (default: step)",
-    )
+    schedules = "step: x0.316 at 60%% and 90%%, as the paper; cosine: to a tenth (default: step)"
+    add("--schedule", choices=["step", "cosine", "constant"], default="step", help=schedules)
     add("--eval_every", type=positive, help="steps between evaluations (default: a tenth of all)")
     add("--save_every", type=positive, help="steps between checkpoints (default: --eval_every)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights and data (default: 0)")
     add("--out", default="out", help="folder for checkpoint, log and curves (default: out)")
     add("--resume", action="store_true", help="go on with the run in --out (default: off)")
     add("--overwrite", action="store_true", help="replace the run in --out (default: off)")
-    add(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there is)"
-    )
-    add(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the matrix products (default: auto, bfloat16 where the hardware has it)",
-    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there)")
+    dtypes = "of the matrix products (default: auto, bfloat16 where a GPU computes it)"
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=dtypes)
     add("--compile", action="store_true", help="use torch.compile (default: off)")
-    add(
-        "--checkpoint_activations",
-        action="store_true",
-        help="less memory for a quarter more time (default: off)",
-    )
-    add(
-        "--log_level",
-        choices=["quiet", "info"],
-        default="info",
-        help="quiet: errors only (default: info)",
-    )
+    add("--checkpoint_activations", action="store_true", help="less memory, slower (default: off)")
+    levels = "quiet: errors only (default: info)"
+    add("--log_level", choices=["quiet", "info"], default="info", help=levels)
 
 
 def add_config_flags(parser: Parser) -> None:
@@ -315,7 +298,7 @@ class Log:
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", encoding="utf-8")
 
-    def write(self, **record: Any) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
@@ -464,7 +447,7 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
 
 
 # ----------------------------------------------------------------------------------------------
-# The run
+# The training loop, for pretraining and fine-tuning alike
 # ----------------------------------------------------------------------------------------------
 
 
@@ -503,285 +486,328 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
                 )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "ckpt.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            return None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
-    return None
+
+
+class Trainer:
+    """One run: a model, its optimizer, where it stands, and how it goes on.
+
+    state: the checkpoint to go on from, or None. The run leaves ckpt.pt, log.jsonl and curves.png
+    in args.out.
+    """
+
+    def __init__(self, args, model: DeepSeek, tokenizer, device, dtype, state: dict | None):
+        self.args, self.tokenizer, self.device, self.dtype = args, tokenizer, device, dtype
+        self.model, self.out = model.to(device).train(), Path(args.out)
+        self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.step, self.tokens, self.best = 0, 0, math.inf
+        self.stop = False  # becomes true when somebody presses Ctrl-C
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.best = state["best_val_loss"]
+            torch.set_rng_state(state["rng"]["cpu"])
+            if device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        elif args.overwrite:
+            for name in ("ckpt.pt", "log.jsonl", "curves.png"):
+                (self.out / name).unlink(missing_ok=True)
+        self.versions = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "tokenizers": tokenizers.__version__,
+        }
+        header = {
+            "args": vars(args),
+            "config": asdict(model.config),
+            "versions": self.versions,
+            "parameters": model.num_parameters(),
+        }
+        self.log = Log(self.out, header, self.step if state else None)
+        self.forward = torch.compile(model) if args.compile else model
+
+    def save(self) -> None:
+        """ckpt.pt: all that is needed to go on exactly here, and to sample."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "program": "deepseek.py",
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "config": asdict(self.model.config),
+            "tokenizer": self.tokenizer.to_str(),
+            "step": self.step,  # also the position in the data: batches depend on it alone
+            "tokens": self.tokens,
+            "best_val_loss": self.best,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "args": vars(self.args),
+            "versions": self.versions,
+        }
+        save_checkpoint(self.out / "ckpt.pt", state)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """One optimizer step on a batch [B, T], in --grad_accum pieces: log record, expert load."""
+        args, began = self.args, time.perf_counter()
+        lr = learning_rate(self.step, args.steps or 10**9, args.lr, args.warmup, args.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        counted = (targets != data.IGNORE).sum()
+        loss, aux_loss, load = 0.0, 0.0, 0.0
+        pieces = zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True)
+        for x, y in pieces:
+            with autocast(self.device, self.dtype):
+                out = self.forward(x, y, checkpoint_activations=args.checkpoint_activations)
+            share = (y != data.IGNORE).sum() / counted  # every token of the batch counts the same
+            piece_loss, piece_aux = out.loss * share, out.aux_loss / args.grad_accum
+            self.scaler.scale(piece_loss + piece_aux).backward()
+            loss, aux_loss = loss + piece_loss.detach(), aux_loss + piece_aux.detach()
+            load = load + out.expert_load / args.grad_accum
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        busiest = load.max() * load.shape[-1] if load.numel() else torch.zeros_like(norm)
+        # one wait for the device, for all numbers
+        loss, aux_loss, norm, busiest = torch.stack([loss, aux_loss, norm, busiest]).tolist()
+        self.step += 1
+        self.tokens += inputs.numel()
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": rounded(loss),
+            "aux_loss": rounded(aux_loss),
+            "lr": rounded(lr),
+            "grad_norm": rounded(norm),
+            "tok_per_s": rounded(inputs.numel() / (time.perf_counter() - began), 4),
+            "expert_load_max": rounded(busiest, 4),
+        }
+        return record, load
+
+    def fit(
+        self,
+        batch_at: Callable[[int], tuple[Tensor, Tensor]],
+        evaluate: Callable[[], dict[str, float]],
+        show: Callable[[], str],
+    ) -> dict[str, Any]:
+        """Train until --steps are done or Ctrl-C; return the last log record.
+
+        batch_at(step) gives inputs and targets; evaluate() what to log beside val_loss; show() a
+        line for the screen. With --minutes the first 20 steps tell how many there will be.
+        """
+        args, began, steps_began = self.args, time.perf_counter(), self.step
+        seconds: list[float] = []
+        record: dict[str, Any] = {}
+
+        def ask_to_stop(*_: Any) -> None:  # a second Ctrl-C does not wait for the step to end
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.step == 0:  # where it starts from; it also shows how long an evaluation takes
+            print_unless_quiet(args, f"before the first step: {_describe(evaluate())}")
+        pause = time.perf_counter() - began
+        quiet = True if args.log_level == "quiet" else None  # None: off where no terminal is
+        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=quiet)
+        while not self.stop and self.step < (args.steps or math.inf):
+            tick = time.perf_counter()
+            record, load = self.train_step(*batch_at(self.step))
+            seconds.append(time.perf_counter() - tick)
+            if args.steps is None and self.step == steps_began + 20:
+                left = 60 * args.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
+                args.steps = self.step + max(1, int(left / statistics.median(seconds)))
+                bar.total = args.steps
+            last = self.step == args.steps
+            every = args.eval_every or max(1, (args.steps or 10**9) // 10)
+            if last or self.step % every == 0:
+                record |= evaluate()
+                record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
+                self.best = min(self.best, record["val_loss"])
+            self.log.write(record)
+            bar.update()
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
+            if "val_loss" in record:
+                self.log.flush()
+                draw_curves(self.log.path, self.out / "curves.png")
+                if not quiet:
+                    bar.write(f"step {self.step}: {_describe(record)} | {show()}")
+            if last or self.stop or self.step % (args.save_every or every) == 0:
+                self.log.flush()
+                self.save()
+        bar.close()
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
+        return record
+
+
+def print_unless_quiet(args: argparse.Namespace, text: str) -> None:
+    """Information for the user, unless --log_level quiet."""
+    if args.log_level != "quiet":
+        print(text, flush=True)
+
+
+def _describe(record: dict[str, Any]) -> str:
+    loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
+    bpb = f", {record['val_bpb']:.4f} bits/byte" if "val_bpb" in record else ""
+    return f"{loss}held out {record['val_loss']:.4f} nats/token{bpb}"
+
+
+# ----------------------------------------------------------------------------------------------
+# Pretraining
+# ----------------------------------------------------------------------------------------------
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--size", choices=list(PRESETS), default="tiny", help="(default: tiny)")
-    parser.add_argument(
-        "--data", help=".txt, .jsonl, a folder of .txt, or tinystories (default: none yet)"
-    )
+    add = parser.add_argument
+    add("--size", choices=list(PRESETS), default="tiny", help="of the model (default: tiny)")
+    add("--data", help=".txt, .jsonl, a folder of .txt, or tinystories (must be given)")
     add_common_flags(parser)
-    parser.add_argument(
-        "--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)"
-    )
-    parser.add_argument(
-        "--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)"
-    )
-    parser.add_argument(
-        "--eval_tokens",
-        type=number(int, 1),
-        default=50_000,
-        help="held-out tokens per evaluation (default: 50000)",
-    )
+    add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
+    add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)")
+    held_out = "held-out tokens in an evaluation (default: 50000)"
+    add("--eval_tokens", type=number(int, 1), default=50_000, help=held_out)
     add_config_flags(parser)
     return parser
 
 
-def main() -> None:
-    # 1. What is asked for, and is it possible?
-    parser = make_parser()
-    args, typed = parser.parse_args(), parser.explicit()
-    if not args.data and not args.resume:
-        raise UsageError(
-            "--data is missing: give a .txt, a .jsonl, a folder of .txt, or tinystories"
-        )
-    if args.steps and args.minutes:
-        raise UsageError("--steps and --minutes exclude each other: give one")
-    overrides = config_overrides(args)
-    state = open_run(args, typed)
-    out = Path(args.out)
-    say = print if args.log_level == "info" else lambda *_, **__: None
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Fill in what was not typed from the size's recipe."""
     recipe = RECIPES[args.size]
-    if state is None:
-        if not args.steps and not args.minutes:
-            args.steps, args.minutes = recipe.get("steps"), recipe.get("minutes")
-        for name in ("batch_size", "lr", "warmup"):
-            if getattr(args, name) is None:
-                setattr(args, name, recipe[name])
-        args.grad_accum = args.grad_accum or min(recipe.get("grad_accum", 1), args.batch_size)
-        base = Config.preset(args.size, **overrides)
-        args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
-        args.vocab_size = base.vocab_size
-    elif state["step"] >= (args.steps or math.inf):
-        say(f"the run in {out} is finished: {state['step']} steps; a larger --steps goes on")
-        return
+    base = Config.preset(args.size, **overrides)
+    if not args.steps and not args.minutes:
+        args.steps, args.minutes = recipe.get("steps"), recipe.get("minutes")
+    for name in ("batch_size", "lr", "warmup"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
+    args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
+    args.vocab_size = base.vocab_size
     if args.batch_size % args.grad_accum:
         raise UsageError(
             f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
         )
 
-    # 2. Text and model
-    torch.manual_seed(args.seed)
-    corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(out))
-    tokenizer = corpus.tokenizer
-    if state is None:
-        overrides |= dict(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            bos_token_id=tokenizer.token_to_id(data.BOS),
-            eos_token_id=tokenizer.token_to_id(data.EOS),
-        )
-        overrides.setdefault(
-            "max_position_embeddings",
-            max(args.seq_len, PRESETS[args.size].get("max_position_embeddings", 0)),
-        )
-        config = Config.preset(args.size, **overrides)
-    elif state["tokenizer"] != tokenizer.to_str():
-        raise UsageError(f"--data {args.data} has changed since the run began: start another run")
-    else:
-        config = Config(**state["config"])
+
+def choose_config(args: argparse.Namespace, overrides: dict[str, Any], tokenizer) -> Config:
+    """The preset with the flags, the tokenizer's vocabulary and the context of the training."""
+    fitted = {
+        "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+        "bos_token_id": tokenizer.token_to_id(data.BOS),
+        "eos_token_id": tokenizer.token_to_id(data.EOS),
+    }
+    overrides = {"max_position_embeddings": args.seq_len} | overrides | fitted
+    config = Config.preset(args.size, **overrides)
     if args.seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"--seq_len {args.seq_len} exceeds max_position_embeddings ="
+            f"--seq_len {args.seq_len} is more than --max_position_embeddings"
             f" {config.max_position_embeddings}"
         )
-    batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
-    sizes = data.token_bytes(tokenizer)
-    micro_batch = args.batch_size // args.grad_accum
-    held_out = data.windows(corpus.val, sizes, args.seq_len, max(8, micro_batch), args.eval_tokens)
-    if not held_out.tokens:
-        raise DataError(f"{args.data} is too short: nothing is left to hold out; give more text")
+    return config
 
-    # 3. What it will do, and whether it fits
-    needed = estimate_memory(config, micro_batch, args.seq_len, args.checkpoint_activations)
-    there = free_memory(device)
-    if there is not None and needed > there:
+
+def check_memory(needed: int, device: torch.device) -> str:
+    """Say what is needed and free, in GiB. Raises UsageError where it cannot fit."""
+    free = free_memory(device)
+    if free is None:
+        return f"about {needed / 2**30:.2f} GiB"
+    if needed > free:
         raise UsageError(
-            f"about {needed / 2**30:.1f} GiB of memory are needed and {there / 2**30:.1f} GiB are"
-            " free: use a smaller --size, more --grad_accum, or --checkpoint_activations"
+            f"about {needed / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
+            " free: take a smaller --size, more --grad_accum or --checkpoint_activations"
         )
+    return f"about {needed / 2**30:.2f} of {free / 2**30:.1f} GiB free"
+
+
+def main() -> None:
+    # 1. What is asked for, and does it go on from something?
+    parser = make_parser()
+    args, typed = parser.parse_args(), parser.explicit()
+    if not args.data and not args.resume:
+        raise UsageError(
+            "--data is missing: give a .txt, a .jsonl, a folder of .txt or tinystories"
+        )
+    if args.steps and args.minutes:
+        raise UsageError("--steps and --minutes exclude each other: give one")
+    overrides = config_overrides(args)
+    state = open_run(args, typed)
+    if state is None:
+        choose_recipe(args, overrides)
+    elif state["step"] >= (args.steps or math.inf):
+        print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
+        return
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+
+    # 2. Text
+    torch.manual_seed(args.seed)
+    corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
+    tokenizer = corpus.tokenizer
+    if state and state["tokenizer"] != tokenizer.to_str():
+        raise UsageError(f"--data {args.data} has changed since the run began: start another run")
+    batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
+    piece = args.batch_size // args.grad_accum
+    sizes = data.token_bytes(tokenizer)
+    held_out = data.windows(corpus.val, sizes, args.seq_len, max(8, piece), args.eval_tokens)
+    if not held_out.tokens:
+        raise DataError(f"{args.data} is too short to hold anything out: give more text")
+
+    # 3. Model
+    config = Config(**state["config"]) if state else choose_config(args, overrides, tokenizer)
+    memory = check_memory(
+        estimate_memory(config, piece, args.seq_len, args.checkpoint_activations), device
+    )
     model = build_model(state) if state else DeepSeek(config)
+    trainer = Trainer(args, model, tokenizer, device, dtype, state)
+    del state  # its tensors are in use now, or not needed
+
+    # 4. What it will do
     total, active = model.num_parameters()
-    model = model.to(device).train()
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     cached = config.num_hidden_layers * config.cache_dim
-    say(f"model    {args.size}: {total:,} parameters, {active:,} active per token")
-    say(f"cache    {cached:,} numbers per token, {4 * cached / 1024:.1f} KiB in fp32")
-    say(
-        f"data     {corpus.name}: {len(corpus.train.ids):,} training tokens,"
-        f" {len(corpus.val.ids):,} held out, vocabulary {tokenizer.get_vocab_size():,}"
-    )
-    say(
-        f"step     {args.batch_size} x {args.seq_len} = {args.batch_size * args.seq_len:,} tokens,"
-        f" in {args.grad_accum} piece(s)"
-    )
-    say(
-        f"machine  {device}, {str(dtype).removeprefix('torch.')}, about {needed / 2**30:.2f} GiB"
-        + (f" of {there / 2**30:.1f} free" if there else "")
-    )
-    say(f"writes   {out / 'ckpt.pt'}, log.jsonl, curves.png; prepared text in {corpus.folder}")
+    tokens = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
+    for line in (
+        f"model    {args.size}: {total:,} parameters, {active:,} of them active per token",
+        f"cache    {cached:,} numbers per token, {4 * cached:,} bytes in fp32",
+        f"text     {corpus.name}: {tokens}, vocabulary {tokenizer.get_vocab_size():,}",
+        f"step     {args.batch_size} x {args.seq_len} = {args.batch_size * args.seq_len:,} tokens"
+        + (f" in {args.grad_accum} pieces" if args.grad_accum > 1 else ""),
+        f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
+        f"writes   ckpt.pt, log.jsonl, curves.png in {args.out}; tokens in {corpus.folder}",
+        *([f"resumes  after step {trainer.step}"] if trainer.step else []),
+    ):
+        print_unless_quiet(args, line)
 
-    # 4. Where it stands
-    run = SimpleNamespace(step=0, tokens=0, best=math.inf)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        run = SimpleNamespace(
-            step=state["step"], tokens=state["tokens"], best=state["best_val_loss"]
-        )
-        torch.set_rng_state(state["rng"]["cpu"])
-        if device.type == "cuda" and state["rng"].get("cuda") is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-        say(f"resumes  at step {run.step}")
-    elif args.overwrite:
-        for name in ("ckpt.pt", "log.jsonl", "curves.png"):
-            (out / name).unlink(missing_ok=True)
-    versions = dict(
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        tokenizers=tokenizers.__version__,
-    )
-    header = dict(
-        args=vars(args), config=asdict(config), versions=versions, parameters=[total, active]
-    )
-    log = Log(out, header, run.step if state else None)
-    state = None  # its tensors are in use now or not needed
+    # 5. Train
+    def held_out_loss() -> dict[str, float]:
+        loss, bpb = evaluate(model, held_out, device, dtype)
+        return {"val_loss": rounded(loss), "val_bpb": rounded(bpb)}
 
-    def save() -> None:
-        save_checkpoint(
-            out / "ckpt.pt",
-            dict(
-                program="deepseek.py",
-                format=FORMAT,
-                kind="pretraining",
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-                config=asdict(config),
-                tokenizer=tokenizer.to_str(),
-                step=run.step,
-                tokens=run.tokens,
-                best_val_loss=run.best,
-                rng=dict(
-                    cpu=torch.get_rng_state(),
-                    cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                ),
-                args=vars(args),
-                versions=versions,
-            ),
-        )
-
-    # 5. The loop
-    stop = SimpleNamespace(asked=False)
-
-    def ask_to_stop(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    forward = torch.compile(model) if args.compile else model
     began = time.perf_counter()
-    durations: list[float] = []
-    eval_seconds = 0.0
-    if run.step == 0:
-        tick = time.perf_counter()
-        val_loss, _ = evaluate(model, held_out, device, dtype)
-        eval_seconds = time.perf_counter() - tick
-        say(f"before training: {val_loss:.4f} nats/token held out")
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=_bar_off(args.log_level))
-    while not stop.asked and run.step < (args.steps or math.inf):
-        tick = time.perf_counter()
-        lr = learning_rate(run.step, args.steps or 10**9, args.lr, args.warmup, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        inputs, targets = (t.to(device) for t in batches.at(run.step))
-        loss, aux_loss, load = 0.0, 0.0, 0.0
-        for x, y in zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True):
-            with autocast(device, dtype):
-                result = forward(x, y, checkpoint_activations=args.checkpoint_activations)
-            scaler.scale((result.loss + result.aux_loss) / args.grad_accum).backward()
-            loss = loss + result.loss.detach() / args.grad_accum
-            aux_loss = aux_loss + result.aux_loss.detach() / args.grad_accum
-            load = load + result.expert_load / args.grad_accum
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        busiest = load.max() * load.shape[-1] if load.numel() else norm.new_zeros(())
-        loss, aux_loss, norm, busiest = torch.stack([loss, aux_loss, norm, busiest]).tolist()
-        run.step += 1
-        run.tokens += inputs.numel()
-        durations.append(time.perf_counter() - tick)
+    record = trainer.fit(
+        batches.at, held_out_loss, lambda: " ".join(write_sample(model, tokenizer, device).split())
+    )
 
-        if args.steps is None and run.step == 20:
-            # Half the steps of each kind: the median forgives the first, slow ones.
-            spent, per_step = time.perf_counter() - began, statistics.median(durations)
-            left = 0.96 * 60 * args.minutes - spent - 11 * (eval_seconds + 1)
-            args.steps = run.step + max(1, int(left / per_step))
-            bar.total = args.steps
-        last = run.step == args.steps
-        every = args.eval_every or max(1, (args.steps or 10**9) // 10)
-        record = dict(
-            step=run.step,
-            tokens=run.tokens,
-            loss=rounded(loss),
-            aux_loss=rounded(aux_loss),
-            lr=rounded(lr),
-            grad_norm=rounded(norm, 4),
-            tok_per_s=rounded(inputs.numel() / durations[-1], 4),
-            expert_load_max=rounded(busiest, 4),
-        )
-        if run.step % every == 0 or last:
-            record["val_loss"], record["val_bpb"] = evaluate(model, held_out, device, dtype)
-            record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
-            run.best = min(run.best, record["val_loss"])
-        log.write(**record)
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{inputs.numel() / durations[-1]:,.0f}")
-        if "val_loss" in record:
-            log.flush()
-            draw_curves(log.path, out / "curves.png")
-            text = write_sample(model, tokenizer, device).replace("\n", " ")
-            if args.log_level == "info":
-                bar.write(
-                    f"step {run.step}: loss {loss:.4f}, held out {record['val_loss']:.4f} nats/token,"
-                    f" {record['val_bpb']:.4f} bits/byte | {text[:150]}"
-                )
-        if run.step % (args.save_every or every) == 0 or last:
-            log.flush()
-            save()
-    bar.close()
-
-    # 6. The end
-    log.flush()
-    for number_, handler in before.items():
-        signal.signal(number_, handler)
-    if stop.asked:
-        save()
-        say(f"\nstopped at step {run.step}; python train.py --resume --out {out} goes on")
+    # 6. What came out
+    if trainer.stop and trainer.step < (args.steps or math.inf):
+        again = f"python train.py --resume --out {args.out}"
+        print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
     minutes = (time.perf_counter() - began) / 60
-    say(f"\n{write_sample(model, tokenizer, device, length=200)}\n")
-    say(
-        f"{run.step} steps, {run.tokens:,} tokens, {minutes:.1f} minutes: held out"
-        f" {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits per byte"
+    story = write_sample(model, tokenizer, device, length=200)
+    print_unless_quiet(
+        args,
+        f"\n{story}\n\n{trainer.step} steps, {trainer.tokens:,} tokens, {minutes:.1f} minutes:"
+        f" {_describe(record)}\nnext: python sample.py --ckpt {Path(args.out) / 'ckpt.pt'}"
+        ' --prompt "Once upon a time"',
     )
-    say(f'next: python sample.py --ckpt {out / "ckpt.pt"} --prompt "Once upon a time"')
-
-
-def _bar_off(log_level: str) -> bool | None:
-    return True if log_level == "quiet" else None  # None: off where no terminal is
 
 
 if __name__ == "__main__":

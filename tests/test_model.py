@@ -97,8 +97,10 @@ def test_bfloat16_model_stays_near_float32():
 
 @torch.no_grad()
 def test_no_token_sees_a_later_one():
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * (
-        torch.backends.mps.is_available()
+    for device in (
+        ["cpu"]
+        + ["cuda"] * torch.cuda.is_available()
+        + ["mps"] * (torch.backends.mps.is_available())
     ):
         model = random_model(small()).to(device)
         ids = torch.randint(0, 96, (1, 20), device=device)
@@ -143,7 +145,9 @@ def test_the_small_sizes_keep_every_idea(name, low, high):
 
 def test_names_and_shapes_are_those_of_the_official_checkpoint():
     with torch.device("meta"):
-        shapes = {k: list(v.shape) for k, v in DeepSeek(Config.preset("v2-lite")).state_dict().items()}
+        shapes = {
+            k: list(v.shape) for k, v in DeepSeek(Config.preset("v2-lite")).state_dict().items()
+        }
     assert shapes["lm_head.weight"] == [102400, 2048]  # not tied
     assert shapes["model.layers.0.mlp.gate_proj.weight"] == [10944, 2048]  # layer 0 is dense
     at = "model.layers.1."
@@ -387,19 +391,17 @@ def test_uniform_probabilities_give_each_loss_its_weight(kind):
 
 def test_balance_losses_equal_a_computation_by_hand():
     # T = 2 tokens, E = 8, K = 3, groups {0,1} {2,3} {4,5} {6,7}, M = 2
-    scores = torch.tensor([[[0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0, 0], [0.1] * 4 + [0.3, 0.1, 0.1, 0.1]]])
+    scores = torch.tensor(
+        [[[0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0, 0], [0.1] * 4 + [0.3, 0.1, 0.1, 0.1]]]
+    )
     index = torch.tensor([[[0, 1, 2], [4, 0, 1]]])
     sent = torch.tensor([[[True, True, False, False], [True, False, True, False]]])
     f = [8 / 6 * n for n in (2, 2, 1, 0, 1, 0, 0, 0)]
     P = [0.2, 0.15, 0.15, 0.1, 0.2, 0.1, 0.05, 0.05]
     expert = sum(a * b for a, b in zip(f, P, strict=True))
-    device = sum(
-        (f[i] + f[i + 1]) / 2 * (P[i] + P[i + 1]) for i in (0, 2, 4, 6)
-    )
+    device = sum((f[i] + f[i + 1]) / 2 * (P[i] + P[i + 1]) for i in (0, 2, 4, 6))
     communication = 4 / (2 * 2) * (2 * 0.35 + 1 * 0.25 + 1 * 0.3)
-    config = small(
-        **GROUPS, aux_loss_alpha=1.0, device_loss_alpha=10.0
-    )
+    config = small(**GROUPS, aux_loss_alpha=1.0, device_loss_alpha=10.0)
     config = Config(**vars(config) | dict(comm_loss_alpha=100.0))
     loss = balance_loss(config, routing_of(scores, index, sent))
     assert loss.item() == pytest.approx(expert + 10 * device + 100 * communication, rel=1e-5)
@@ -470,9 +472,7 @@ def test_can_group_is_used_where_it_runs():
 
 def test_dropping_keeps_what_each_device_wants_most():
     # 2 groups of 4 experts; capacity = 0.5 * (1*8*1)/2 = 2 of the 6 and 2 assignments
-    config = small(
-        n_group=2, num_experts_per_tok=1, token_drop_capacity=0.5, device_loss_alpha=0.0
-    )
+    config = small(n_group=2, num_experts_per_tok=1, token_drop_capacity=0.5, device_loss_alpha=0.0)
     index = torch.tensor([0, 1, 2, 3, 0, 1, 4, 5]).view(1, 8, 1)
     weights = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4, 0.05, 0.06]).view(1, 8, 1)
     routing = Routing(torch.zeros(1, 8, 8), weights, index, torch.ones(1, 8, 2, dtype=torch.bool))

@@ -1,0 +1,320 @@
+"""The scripts as a user runs them: a run, its interruption, its resumption, and bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from deepseek import Config
+
+ROOT = Path(train.__file__).parent
+MODEL = (
+    "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
+    " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
+    " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
+    " --seq_len 32 --batch_size 4 --eval_tokens 500"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    lines = [
+        f"The cat {n} sat on mat {n % 5}. It was {'big' if n % 2 else 'small'}." for n in range(400)
+    ]
+    path.write_text(data.SEPARATOR.join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
+
+    def run(line: str):
+        name, *arguments = line.split()
+        script = {"train": train, "sample": sample}[name]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        code = 0
+        try:
+            train.run_script(script.main)
+        except SystemExit as exit:
+            code = exit.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
+    code, out, err = run(
+        f"train {MODEL} --data {corpus} --steps 60 --lr 0.01 --warmup 5 --out {tmp_path}/o"
+    )
+    assert code == 0
+    assert "parameters" in out and "bits/byte" in out and "python sample.py --ckpt" in out
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "ckpt.pt",
+        "curves.png",
+        "log.jsonl",
+    ]
+    header, *records = log_of(tmp_path / "o")
+    assert header["config"]["hidden_size"] == 32 and header["args"]["lr"] == 0.01
+    assert [r["step"] for r in records] == list(range(1, 61))
+    assert {"tokens", "loss", "aux_loss", "lr", "grad_norm", "tok_per_s", "expert_load_max"} < set(
+        records[0]
+    )
+    evaluated = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in evaluated] == list(range(6, 61, 6))
+    assert evaluated[-1]["val_loss"] < 0.5 * math.log(320)
+    assert records[-1]["tokens"] == 60 * 4 * 32
+    assert 1 <= records[-1]["expert_load_max"] <= 4
+
+    ckpt = f"--ckpt {tmp_path}/o/ckpt.pt"
+    code, out, _ = run(f"sample {ckpt} --prompt The --seed 1 --num_samples 2")
+    assert code == 0 and out.count("The cat") >= 1 and "---" in out
+    assert run(f"sample {ckpt} --prompt The --seed 1 --num_samples 2")[1] == out
+    held_out = tmp_path / "held.txt"
+    ready = data.prepare(str(corpus), 320, Path(os.environ["DEEPSEEK_CACHE"]))
+    spans = zip(ready.val.starts[:-1], ready.val.starts[1:], strict=True)
+    held_out.write_text(
+        data.SEPARATOR.join(ready.tokenizer.decode(ready.val.ids[a:b].tolist()) for a, b in spans)
+    )
+    code, out, _ = run(f"sample {ckpt} --score {held_out}")
+    nats, bpb = float(out.split()[0]), float(out.split()[4])
+    assert nats == pytest.approx(evaluated[-1]["val_loss"], abs=2e-4)
+    assert bpb == pytest.approx(evaluated[-1]["val_bpb"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "extra", ["", "--dtype bfloat16 --grad_accum 2 --token_drop_capacity 1.0 --n_group 2"]
+)
+def test_a_resumed_run_ends_with_the_same_bits(run, corpus, tmp_path, extra):
+    line = f"train {MODEL} {extra} --data {corpus} --log_level quiet --steps 12 --schedule constant"
+    assert run(f"{line} --out {tmp_path}/whole")[0] == 0
+    assert run(f"{line} --out {tmp_path}/parts --save_every 5")[0] == 0
+    assert (
+        run(f"{line.replace('--steps 12', '--steps 7')} --out {tmp_path}/parts --overwrite")[0] == 0
+    )
+    assert run(f"train --resume --steps 12 --out {tmp_path}/parts")[0] == 0
+    a, b = (train.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
+    for key in ("model", "optimizer", "rng", "step", "tokens"):
+        assert same(a[key], b[key]), key
+    whole, parts = (
+        [(r["step"], r["loss"]) for r in log_of(tmp_path / n)[1:]] for n in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_ctrl_c_saves_and_resume_goes_on(corpus, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
+    command += ["--steps", "100000", "--eval_every", "50000", "--out", str(tmp_path / "o")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = tmp_path / "o" / "log.jsonl"
+    for _ in range(600):
+        time.sleep(0.1)
+        if log.exists() and log.stat().st_size > 20_000:
+            break
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0, output
+    assert "--resume" in output and "Traceback" not in output
+    step = train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"]
+    assert log_of(tmp_path / "o")[-1]["step"] == step > 10
+
+
+def test_resume_takes_stored_flags_and_refuses_others(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --steps 4 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    code, out, _ = run(f"{line} --resume")
+    assert code == 0 and "finished: 4 steps" in out
+    code, _, err = run(f"train --resume --out {tmp_path}/o --lr 0.5")
+    assert code == 2 and "--lr 0.5 differs" in err
+    code, _, err = run(f"train --resume --out {tmp_path}/o --steps 3")
+    assert code == 2 and "--steps 3 differs" in err
+    assert run(f"train --resume --out {tmp_path}/o --steps 6 --log_level quiet") == (0, "", "")
+    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] == 6
+
+
+def test_minutes_fixes_the_number_of_steps(run, corpus, tmp_path):
+    code, out, _ = run(f"train {MODEL} --data {corpus} --minutes 0.001 --out {tmp_path}/o")
+    state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt")
+    assert code == 0 and state["step"] == state["args"]["steps"] == 21
+
+
+def test_a_run_in_the_way_is_never_written_over(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --steps 2 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    before = (tmp_path / "o" / "ckpt.pt").read_bytes()
+    code, _, err = run(line)
+    assert code == 2 and "holds another run" in err
+    assert (tmp_path / "o" / "ckpt.pt").read_bytes() == before
+    assert run(f"{line} --overwrite --seed 3")[0] == 0
+    assert (tmp_path / "o" / "ckpt.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train --size huge", "invalid choice: 'huge'"),
+        ("train", "--data is missing"),
+        ("train --data {tmp}/none.txt", "neither a file"),
+        ("train --data {tmp}/empty.txt", "is empty"),
+        ("train --data {tmp}/binary.txt", "byte 1 is wrong"),
+        ("train --data {tmp}/short.txt", "fewer than one row of seq_len"),
+        ("train --data {text} --steps 0", "--steps"),
+        ("train --data {text} --steps 1.5", "--steps"),
+        ("train --data {text} --lr nan", "--lr"),
+        ("train --data {text} --lr -1", "--lr"),
+        ("train --data {text} --minutes 0", "--minutes"),
+        ("train --data {text} --steps 3 --minutes 3", "exclude each other"),
+        ("train --data {text} --schedule never", "--schedule"),
+        ("train --data {text} --device tpu", "device 'tpu' cannot be used"),
+        ("train --data {text} --dtype float16 --device cpu", "float16 needs a CUDA card"),
+        ("train --data {text} --steps 3 --nonsense 1", "--nonsense"),
+        ("train --data {text} --qk_rope_head_dim 7", "must be even"),
+        ("train --data {text} --n_routed_experts 10 --n_group 3", "multiple of n_group"),
+        ("train --data {text} --num_experts_per_tok 17", "at most 16"),
+        ("train --data {text} --rope_scaling nonsense", "--rope_scaling"),
+        ("train --data {text} --vocab_size 100", "must be at least 258"),
+        ("train --data {text} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
+        ("train --data {text} --max_position_embeddings 16 --seq_len 32", "--seq_len 32 is more"),
+        ("train --data {text} --out {tmp}/empty.txt", "cannot be written"),
+        ("train --data {text} --size v2", "GiB of memory are needed"),
+        ("train --resume --out {tmp}/nothing", "nothing to resume"),
+        ("sample --ckpt {tmp}/none.pt", "does not exist"),
+        ("sample --ckpt {tmp}/binary.txt", "is damaged or not one"),
+        ("sample --ckpt {tmp}/alien.pt", "not a checkpoint of train.py"),
+        ("sample --ckpt {ckpt} --temperature -1", "--temperature"),
+        ("sample --ckpt {ckpt} --top_p 2", "--top_p"),
+        ("sample --ckpt {ckpt} --top_k 0", "--top_k"),
+        ("sample --ckpt {ckpt} --score {tmp}/none.txt", "neither a file"),
+        ("sample --ckpt {ckpt} --prompt {long}", "tokens and the context 32"),
+        ("sample --ckpt {cut}", "is damaged or not one"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x7f\xff\x00\x01" * 100)
+    (tmp_path / "short.txt").write_text("too short")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "alien.pt")
+    (tmp_path / "cut.pt").write_bytes(trained.read_bytes()[:5000])
+    places = dict(tmp=tmp_path, text=corpus, ckpt=trained, cut=tmp_path / "cut.pt", long="x" * 99)
+    line = line.format(**places)
+    if line.startswith("train") and "--out" not in line:
+        line += f" --out {tmp_path}/out"
+    code, out, err = run(line)
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A checkpoint of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    environment = os.environ | {"DEEPSEEK_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
+    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
+    subprocess.run(
+        [*command, "--steps", "2", "--out", str(folder)],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    return folder / "ckpt.pt"
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(trained.read_bytes())
+
+    def fail(state, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        train.save_checkpoint(path, {})
+    assert path.read_bytes() == trained.read_bytes()
+
+
+def test_the_schedules():
+    def rates(schedule):
+        return [train.learning_rate(s, 100, 1.0, 10, schedule) for s in range(100)]
+
+    step = rates("step")
+    assert step[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert step[10] == step[59] == 1
+    assert step[60] == step[89] == pytest.approx(0.316)
+    assert step[90] == step[99] == pytest.approx(0.316**2)
+    cosine = rates("cosine")
+    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=0.01)
+    assert rates("constant")[10:] == [1.0] * 90
+
+
+def test_weight_decay_acts_on_matrices_only():
+    model = train.DeepSeek(Config.preset("tiny"))
+    matrices, vectors = train.make_optimizer(model, 1e-3, 0.1).param_groups
+    assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0.0 and all(p.dim() == 1 for p in vectors["params"])
+    assert matrices["betas"] == (0.9, 0.95)
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_evaluation_is_the_mean_over_tokens(trained):
+    state = train.load_checkpoint(trained)
+    model, tokenizer = train.build_model(state), data.load_tokenizer(state["tokenizer"])
+    texts = ["The cat sat.", "It was a big cat on a mat, and it was small.", "Mat"]
+    nats = count = n_bytes = 0
+    ids = []
+    for text in texts:  # each alone, no padding, no windows
+        one = torch.tensor([[0, *tokenizer.encode(text).ids, 1]])
+        ids += one[0].tolist()
+        logprobs = model(one[:, :-1]).logits.log_softmax(-1)
+        nats -= logprobs.gather(-1, one[:, 1:, None]).sum().item()
+        count, n_bytes = count + one.shape[1] - 1, n_bytes + len(text)
+    ids = data.np.array(ids)
+    tokens = data.Tokens(ids, data.np.array([*data.np.flatnonzero(ids == 0), len(ids)]))
+    held_out = data.windows(tokens, data.token_bytes(tokenizer), 32, batch_size=2)
+    loss, bpb = train.evaluate(model, held_out, torch.device("cpu"), torch.float32)
+    assert loss == pytest.approx(nats / count, rel=1e-5)
+    assert bpb == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_every_flag_has_help_with_its_default():
+    for parser in (train.make_parser(), sample.make_parser()):
+        for action in parser._actions:
+            assert action.help, action.dest
+            if action.dest not in ("help", "data", *Config.describe()):
+                assert "default" in action.help, action.dest
+    flags = {a.dest for a in train.make_parser()._actions}
+    assert set(Config.describe()) <= flags
