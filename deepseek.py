@@ -25,9 +25,9 @@ Symbols. Comments at line ends give shapes in these letters, most significant di
     B             batch: sequences
     T     T       time: tokens given now
     S             source: tokens attended to (cached ones included)
-    V             vocab_size                    102,400  102,400  1,024
+    V             vocab_size                    102,400  102,400  4,096
     D     d       hidden_size                     5,120    2,048    128
-    L     l       num_hidden_layers                  60       27      6
+    L     l       num_hidden_layers                  60       27      4
     H     n_h     num_attention_heads               128       16      4
     Q     d_c'    q_lora_rank                     1,536     none   none
     R     d_c     kv_lora_rank                      512      512     64
@@ -77,7 +77,7 @@ YARN_V2 = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vocab_size=1024, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
         v_head_dim=48, intermediate_size=512, moe_intermediate_size=64, n_routed_experts=16,
         num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         bos_token_id=0, eos_token_id=1,
     ),
     "small": dict(
-        vocab_size=4096, hidden_size=384, num_hidden_layers=7, num_attention_heads=6,
+        vocab_size=8192, hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
         q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=48, qk_rope_head_dim=16,
         v_head_dim=64, intermediate_size=1024, moe_intermediate_size=96, n_routed_experts=32,
         num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",

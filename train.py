@@ -119,7 +119,7 @@ def add_common_flags(parser: Parser) -> None:
     """The flags that train.py and finetune.py share."""
     add, positive = parser.add_argument, number(int, 1)
     add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
-    add("--minutes", type=number(float, 0, above=True), help="as many steps as fit (default: the recipe's)")
+    add("--minutes", type=number(float, 0, above=True), help="or: what fits (default: recipe's)")
     add("--batch_size", type=positive, help="sequences per step (default: the recipe's)")
     add("--seq_len", type=positive, help="tokens per sequence (default: the model's context)")
     add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: recipe's)")
