@@ -171,12 +171,15 @@ def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
     hash of its text, so that equal documents stay on one side; of fewer than 100 documents the
     last twentieth of each."""
     whole, lengths, chosen = hashlib.blake2b(), array.array("Q"), []
-    number, own = -1, None
+    number, own, lowest = -1, None, (2**64, 0)
 
     def close() -> None:
+        nonlocal lowest
         if own is not None:
             whole.update(own.digest())
-            if int.from_bytes(own.digest()[:8], "little") % 25 == 0:
+            value = int.from_bytes(own.digest()[:8], "little")
+            lowest = min(lowest, (value, len(lengths) - 1))
+            if value < 2**64 // 25:
                 chosen.append(len(lengths) - 1)
 
     numbers = array.array("Q")
@@ -190,7 +193,7 @@ def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
         lengths[-1] += len(text)
     close()
     if len(lengths) >= 100:
-        heldout = {numbers[i]: 0 for i in chosen}
+        heldout = {numbers[i]: 0 for i in chosen or [lowest[1]]}
     else:
         heldout = {n: length - length // 20 for n, length in zip(numbers, lengths, strict=True)}
     return Scan(whole.hexdigest(), sum(lengths), len(lengths), heldout)
@@ -286,6 +289,7 @@ class Dataset:
     tokenizer: Tokenizer
     train: Tokens
     val: Tokens
+    digest: str  # of the text
     folder: Path
 
 
@@ -334,6 +338,7 @@ def prepare(source: str, vocab_size: int, cache: Path) -> Dataset:
         tokenizer=load_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8")),
         train=_open_tokens(folder, "train"),
         val=_open_tokens(folder, "val"),
+        digest=found.digest,
         folder=folder,
     )
 
@@ -429,9 +434,9 @@ def _open_tokens(folder: Path, part: str) -> Tokens:
 class Batches:
     """Training batches; `at(step)` depends on the seed and the step alone.
 
-    Every row begins where a document begins, or at a multiple of seq_len within a long one. The
-    documents behind it follow without a mask between them, as DeepSeek trains. Rows come in an
-    order that is shuffled anew for each epoch.
+    Every row begins where a document begins, or at a multiple of seq_len within a long one, and
+    the documents behind it follow without a mask between them. So in an epoch, in which each row
+    comes once and in an order of its own, a token of a short document comes several times.
     """
 
     def __init__(self, tokens: Tokens, batch_size: int, seq_len: int, seed: int):

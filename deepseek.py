@@ -10,13 +10,13 @@ Papers:  [V2]  DeepSeek-V2, arXiv 2405.04434      [MoE] DeepSeekMoE, arXiv 2401.
          [RoPE] RoFormer, arXiv 2104.09864        [YaRN] arXiv 2309.00071
 
 Contents, each part using only what stands above it:
-     1 Config     2 RMSNorm     3 RoPE and YaRN     4 the latent cache     5 MLA
-     6 SwiGLU     7 the router, the balance losses, token dropping         8 the experts, MoE
-     9 block     10 the model  11 generation
+     1 Config        2 RMSNorm      3 RoPE and YaRN      4 MLA and its cache      5 SwiGLU
+     6 the router, its balance losses, token dropping    7 the experts            8 the block
+     9 sampling     10 the model   11 generation        12 which configurations are refused
 
-What changes with respect to a plain transformer is parts 4, 5, 7 and 8; the rest is Llama's.
-Field names are those of the official config.json, parameter names those of the official
-checkpoint, so that what is read here is what lies in the official files.
+What changes with respect to a plain transformer is parts 4, 6 and 7; the rest is Llama's, YaRN
+aside. Field names are those of the official config.json, parameter names those of the official
+checkpoint, except that there each expert is a tensor of its own and here they are stacked.
 
 Symbols. Comments at line ends give shapes in these letters, most significant dimension first.
 
@@ -36,10 +36,10 @@ Symbols. Comments at line ends give shapes in these letters, most significant di
     dv    d_h     v_head_dim                        128      128     48
     E     N_r     n_routed_experts                  160       64     16
     K     K_r     num_experts_per_tok                 6        6      4
-          N_s     n_shared_experts                    2        2      2
+    Ns    N_s     n_shared_experts                    2        2      2
     I             moe_intermediate_size           1,536    1,408     64
     G     D       n_group: devices that hold E        8        1      1
-          M       topk_group: devices per token       3        1      1
+    M     M       topk_group: devices per token       3        1      1
     C             cache numbers per token and
                   layer, R + dr                     576      576     80
 """
@@ -107,7 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         topk_group=1, topk_method="greedy", routed_scaling_factor=1.0, aux_loss_alpha=0.001,
         device_loss_alpha=0.0, comm_loss_alpha=0.0,
     ),
-    "v2": {},
+    "v2": {},  # the defaults of Config
 }  # fmt: skip
 
 
@@ -187,83 +187,7 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise ConfigError(message)
-
-        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "bos_token_id", "eos_token_id"}
-        for name, (kind, _) in self.describe().items():
-            value, least = getattr(self, name), 0 if name in may_be_zero else 1
-            if kind is int or (kind == int | None and value is not None):
-                require(
-                    type(value) is int and least <= value < 2**31,
-                    f"{name} = {value!r} must be a whole number, at least {least}",
-                )
-            elif kind is float:
-                require(
-                    type(value) in (int, float) and math.isfinite(value) and value >= 0,
-                    f"{name} = {value!r} must be a finite number, 0 or more",
-                )
-            elif kind is bool:
-                require(type(value) is bool, f"{name} = {value!r} must be true or false")
-        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
-        d, h = self.hidden_size, self.num_attention_heads
-        experts, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
-        require(self.num_hidden_layers <= 10_000, f"{self.num_hidden_layers=} is over 10000")
-        require(d % h == 0, f"hidden_size = {d} must be a multiple of num_attention_heads = {h}")
-        require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: RoPE rotates pairs",
-        )
-        require(
-            self.topk_method in ("greedy", "group_limited_greedy"),
-            f"topk_method = {self.topk_method!r} is unknown: use greedy or group_limited_greedy",
-        )
-        require(
-            experts % groups == 0,
-            f"n_routed_experts = {experts} must be a multiple of n_group = {groups}",
-        )
-        require(
-            self.topk_group <= groups,
-            f"topk_group = {self.topk_group} must be at most n_group = {groups}",
-        )
-        limited = self.topk_method == "group_limited_greedy"
-        reachable = experts // groups * self.topk_group if limited else experts
-        require(
-            k <= reachable,
-            f"num_experts_per_tok = {k} must be at most {reachable}, the experts a token can reach",
-        )
-        require(
-            limited or self.comm_loss_alpha == 0,
-            f"comm_loss_alpha = {self.comm_loss_alpha} needs topk_method = group_limited_greedy",
-        )
-        for name in ("bos_token_id", "eos_token_id"):
-            require(
-                getattr(self, name) < self.vocab_size,
-                f"{name} = {getattr(self, name)} must be below vocab_size = {self.vocab_size}",
-            )
-        if self.rope_scaling is not None:
-            self._check_yarn(require)
-
-    def _check_yarn(self, require) -> None:
-        scaling = self.rope_scaling
-        require(isinstance(scaling, dict), f"rope_scaling = {scaling!r} must be a dict or null")
-        kind = scaling.get("type", scaling.get("rope_type"))
-        require(kind == "yarn", f"rope_scaling type {kind!r} is unknown: use yarn or null")
-        for key in ("factor", "original_max_position_embeddings"):
-            require(key in scaling, f"rope_scaling lacks {key!r}, which YaRN needs")
-        for key, value in scaling.items():
-            require(
-                key in ("type", "rope_type") or key in YARN_V2 or key == "rope_theta",
-                f"rope_scaling has an unknown key {key!r}",
-            )
-            require(
-                isinstance(value, str)
-                or (type(value) in (int, float) and math.isfinite(value) and value > 0),
-                f"rope_scaling {key} = {value!r} must be a number above 0",
-            )
-        require(scaling["factor"] >= 1, f"rope_scaling factor = {scaling['factor']} is below 1")
+        check_config(self)  # part 12
 
 
 # ----------------------------------------------------------------------------------------------
@@ -282,7 +206,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # a mean of squares in bf16 would lose most of its digits
+        x32 = x.float()  # squares are coarse in bf16 and overflow in fp16
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)  # the cast stands before the weight, as officially
 
@@ -298,7 +222,7 @@ class RMSNorm(nn.Module):
 #    YaRN stretches a context of 4K to 160K: pairs that turn many times within 4K know the
 #    distance between neighbours and stay as they are; pairs that do not complete one turn are
 #    slowed down by `factor`, so that no angle comes that training has not seen; a ramp lies in
-#    between. It is on for short inputs as well: the weights were trained with it.
+#    between. It is on for short inputs as well: the last training steps of V2 had it.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -315,7 +239,7 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
         return dim * math.log(context / (2 * math.pi * times)) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)
+    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)  # as officially
     if low == high:
         high += 0.001  # a step instead of a ramp, without dividing by zero
     slowed = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = as it was, 1 = slowed by factor
@@ -325,7 +249,8 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
 def yarn_mscale(config: Config, key: str) -> float:
     """0.1 a ln(factor) + 1, YaRN's cure for attention that flattens over long contexts."""
     yarn = config.rope_scaling or {}
-    return 0.1 * yarn.get(key, 0.0) * math.log(yarn.get("factor", 1.0)) + 1.0
+    a = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])  # the official defaults
+    return 0.1 * a * math.log(yarn.get("factor", 1.0)) + 1.0
 
 
 def softmax_scale(config: Config) -> float:
@@ -336,8 +261,8 @@ def softmax_scale(config: Config) -> float:
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for each position and pair: [...] -> 2 x [..., dr/2], fp32.
 
-    Computed anew in each pass. A stored table would be cast to bf16 along with the model, and
-    bf16 cannot tell position 1000 from 1003.
+    Computed anew in each pass: frequencies kept in the model would be cast to bf16 with it, and
+    at position 1000 the angles would be off by up to 0.4 radians.
     """
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     scale = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
@@ -352,22 +277,62 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. The latent cache. What must be remembered of the tokens already read?
+# 4. Multi-head latent attention (MLA). How can 128 heads share one small memory?
 #
-#    Ordinary attention keeps K and V of every head: 2 H dh numbers per token and layer, 32,768
-#    in a model shaped like V2. MLA keeps 576: the latent c that all heads share, and one
-#    rotated key. c is kept after its norm and the key after its rotation, so that neither is
-#    ever computed twice.
+#    Ordinary attention caches K and V of every head: 2 H dh numbers per token and layer, 32,768
+#    in a model shaped like V2. MLA caches 576: a latent c, from which every head's key and value
+#    can be made, and one small key that carries the position.       [V2] section 2.1, eq. 9-19
+#
+#            x  [D]
+#            |
+#       +----+----------------------+----------------------+
+#       |                           |                      |
+#    W_DQ, norm                 W_DKV, norm            W_KR, RoPE
+#       |                           |                      |
+#    c_q [Q]                     c [R] ======= cached    k_pe [dr] ===== cached
+#       |                           |                      |
+#    +--+---------+            +----+----+                 |
+#  W_UQ      W_QR, RoPE      W_UK      W_UV                |
+#    |            |            |         |                 |
+#  q_nope       q_pe         k_nope      v                 |    (one k_pe for all heads)
+#  [H dn]      [H dr]        [H dn]    [H dv]              |
+#    |            |            |         |                 |
+#    q = [q_nope | q_pe],      k = [k_nope | k_pe],      o = W_O softmax(q.k * scale) v
+#
+#    In the official names: q_a_proj = W_DQ, q_b_proj = W_UQ and W_QR, kv_a_proj_with_mqa = W_DKV
+#    and W_KR, kv_b_proj = W_UK and W_UV, o_proj = W_O; without query compression q_proj does all
+#    of the query. "a" goes down to a low rank and "b" up from it; "lora" in the names of the ranks
+#    says just that, and has nothing to do with fine-tuning. "pe" is with position, "nope" without.
+#
+#    Why the key is decoupled: k_nope = W_UK c is linear in c, so q.k = (W_UK^T q).c, and W_UK
+#    can move to the query's side. A rotation between W_UK and c depends on the position and
+#    would forbid that. So position gets dr numbers of its own, which do not pass through W_UK.
+#
+#    Expanded: make k_nope and v from c for each cached token, then ordinary attention.
+#    Absorbed: leave the cache as it is, carry q to the latent space, attend there, and carry
+#    the result back. Same numbers, two costs; the next function weighs them.
 # ----------------------------------------------------------------------------------------------
+
+
+def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
+    """Whether absorbed attention needs fewer multiply-adds for so many queries and keys.
+
+    Per head it takes 2R + dr for each query and key and R (dn + dv) for each query; expanded
+    takes dn + dr + dv for each query and key and R (dn + dv) for each key. With a long cache V2
+    absorbs up to 170 queries at a time: it decodes absorbed and reads a prompt expanded.
+    """
+    r, expand = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    return queries * keys * (2 * r - expand) < (keys - queries) * r * expand
 
 
 @dataclass
 class LatentCache:
-    """What the model remembers of `B` sequences; made by `DeepSeek.new_cache`.
+    """What the model remembers of B sequences; made by `DeepSeek.new_cache`.
 
-    latents [L, B, max_length, C] is written in place. lengths counts the tokens of each row;
-    it lives on the host, so that no decoding step waits for the device. Setting it back makes
-    the model forget what came later.
+    latents [L, B, max_length, C] holds c after its norm and k_pe after its rotation, so that
+    neither is computed twice; it is written in place. lengths counts the tokens of each row; it
+    lives on the host, so that no decoding step waits for the device. Setting it back makes the
+    model forget what came later.
     """
 
     latents: Tensor
@@ -382,12 +347,12 @@ class LatentCache:
 class Span(NamedTuple):
     """Where the T tokens of a forward pass stand: the same for all layers, computed once."""
 
-    positions: Tensor  # [B, T] with a cache, [1, T] without
+    positions: Tensor  # [1, T], or [B, T] where the rows of a cache differ in length
     cos: Tensor  # [B or 1, T, dr/2]
     sin: Tensor  # [B or 1, T, dr/2]
     end: int  # S: how many places of the cache are attended to
-    mask: Tensor | None  # [B, 1, T, S], True = visible. None: causal, and T == S or T == 1
-    absorb: bool  # which of MLA's two ways (below) is taken
+    mask: Tensor | None  # [B or 1, 1, T, S], True = visible. None: causal; T == S or T == 1
+    absorb: bool  # which of MLA's two ways is taken
 
 
 def make_span(config: Config, ids: Tensor, cache: LatentCache | None, absorb: bool | None) -> Span:
@@ -395,60 +360,24 @@ def make_span(config: Config, ids: Tensor, cache: LatentCache | None, absorb: bo
     B, T = ids.shape
     lengths = cache.lengths if cache else [0]
     start, end = min(lengths), max(lengths) + T
-    limit = cache.latents.shape[2] if cache else config.max_position_embeddings
-    if end > limit:
-        raise ValueError(
-            f"{end} tokens do not fit: the {'cache' if cache else 'model'} ends at {limit}"
-        )
+    if end > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"{end} tokens do not fit: the model's context ends at {limit}")
+    if cache and end > cache.latents.shape[2]:
+        raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents.shape[2]}")
     positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
     ragged = start + T < end
     if ragged:
         ahead = torch.tensor([n - start for n in lengths], device=ids.device)
         positions = positions + ahead[:, None]  # B T
     if absorb is None:
-        absorb = cache is not None and absorbing_is_cheaper(config, T)
+        absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
     if ragged or (T > 1 and (T < end or absorb)):
         # Key j lies at position j of its row, so this one line is the causal mask, the offset
         # of a chunk and the blanking of places that a shorter row has not written yet.
         mask = (torch.arange(end, device=ids.device) <= positions[..., None]).unsqueeze(1)
     return Span(positions, *rope_angles(config, positions), end, mask, absorb)
-
-
-# ----------------------------------------------------------------------------------------------
-# 5. Multi-head latent attention. How can 128 heads share one small memory?
-#
-#            x  [D]                                                    [V2] section 2.1, eq. 9-19
-#            |
-#       +----+---------------------+-------------------+
-#       |                          |                   |
-#    W_DQ, norm               W_DKV, norm             W_KR
-#       |                          |                   |
-#    c_q [Q]                   c [R] ===========    RoPE: k_pe [dr] ====     === only this is
-#       |                          |          ||       |             ||          cached
-#    +--+------+              +----+----+     ||       |             ||
-#  W_UQ    W_QR, RoPE       W_UK      W_UV    ||       |             ||
-#    |         |              |         |              |
-#  q_nope    q_pe           k_nope      v           (the same k_pe for all heads)
-#  [H dn]   [H dr]          [H dn]    [H dv]
-#
-#    q = [q_nope | q_pe],  k = [k_nope | k_pe],  o = W_O softmax(q.k * scale) v
-#
-#    Why the key is decoupled: k_nope = W_UK c is linear in c, so q.k = (W_UK^T q).c, and W_UK
-#    can move to the query's side. A rotation between W_UK and c depends on the position and
-#    would forbid that. So position gets dr numbers of its own, which do not pass through W_UK.
-#
-#    Expanded: make k_nope and v from c for each cached token, then ordinary attention.
-#    Absorbed: leave the cache as it is, carry q to the latent space, attend there, and carry
-#    the result back. Per head, query and key that is 2R + dr multiply-adds instead of
-#    dn + dr + dv, but no R (dn + dv) for expanding each key. Same numbers, two costs.
-# ----------------------------------------------------------------------------------------------
-
-
-def absorbing_is_cheaper(config: Config, queries: int) -> bool:
-    """Whether so many queries per key are few enough: up to 170 in V2 (multiply-adds)."""
-    r, dn, dv = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
-    return queries * (2 * r - dn - dv) < r * (dn + dv)
 
 
 class MLA(nn.Module):
@@ -467,19 +396,20 @@ class MLA(nn.Module):
             self.q_proj = nn.Linear(c.hidden_size, heads_q, bias=False)
         # W_DKV and W_KR in one matrix: "mqa", since one key serves all heads
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.cache_dim, bias=False)
-        # The norm tames a bottleneck whose scale nothing else holds ([V2] 3.1.2).
+        # The norms tame bottlenecks whose scale nothing else holds ([V2] 3.1.2); their eps is
+        # 1e-6 whatever the config says, as officially.
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads_kv, bias=False)  # W_UK and W_UV
         self.o_proj = nn.Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, bias=False)
         self.scale = softmax_scale(c)
 
     def forward(self, x: Tensor, span: Span, memory: Tensor | None = None) -> Tensor:
-        """memory [B, max_length, C] is this layer's part of the cache; T tokens are written."""
+        """x [B, T, D]; memory [B, max_length, C], this layer's part of the cache, is written."""
         c = self.config
         if c.q_lora_rank:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # B T H*(dn+dr)
         else:
-            q = self.q_proj(x)
+            q = self.q_proj(x)  # B T H*(dn+dr)
         q = q.unflatten(-1, (-1, c.qk_head_dim))  # B T H dn+dr
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_pe = rotate(q_pe, span.cos, span.sin)
@@ -490,18 +420,19 @@ class MLA(nn.Module):
         k_pe = rotate(k_pe.unsqueeze(2), span.cos, span.sin).squeeze(2)
         if memory is not None:
             row = torch.arange(len(memory), device=x.device)[:, None]
-            memory[row, span.positions] = torch.cat([latent, k_pe], -1).to(memory.dtype)
+            new = torch.cat([latent, k_pe], -1).detach()  # a cache is not trained through
+            memory[row, span.positions] = new.to(memory.dtype)
             latent, k_pe = memory[:, : span.end].to(q.dtype).split(widths, -1)  # B S R, B S dr
 
         attend = self.absorbed if span.absorb else self.expanded
         out = attend(q_nope, q_pe, latent, k_pe, span.mask)  # B T H dv
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.flatten(2))  # B T D
 
     def expanded(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
-        """Attention as the paper writes it (eq. 12-18): every key and value is built."""
+        """Attention as the paper writes it: every head's keys and values are built."""
         c = self.config
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))  # B S H dn+dv
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # B S H dn, B S H dv
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
         q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe.to(k_nope.dtype)], -1)
         # Flash attention wants one width for q, k and v. Zeros change neither the scores nor
@@ -520,11 +451,11 @@ class MLA(nn.Module):
         c = self.config
         B, T, H = q_nope.shape[:3]
         w = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
-        w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
         q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
         # All heads read one memory: H heads of T queries are H*T queries of one head.
         scores = q_latent.flatten(1, 2) @ latent.mT  # B H*T S
-        scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT
+        scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT  # B H*T S
         scores = (scores * self.scale).float().unflatten(1, (H, T))  # B H T S
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
@@ -534,7 +465,7 @@ class MLA(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. SwiGLU. What does a feed-forward layer compute?
+# 5. SwiGLU. What does a feed-forward layer compute?
 #
 #        y = W_down (silu(W_gate x) * W_up x)                                    arXiv 2002.05202
 # ----------------------------------------------------------------------------------------------
@@ -554,13 +485,14 @@ class MLP(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. The router. Which experts does a token visit, and how are they kept equally busy?
+# 6. The router. Which experts does a token visit, and how are they kept equally busy?
 #
 #        s_i = softmax_i(x . e_i)         affinity of the token to expert i      [V2] eq. 20-22
-#        g_i = s_i if s_i is among the K largest, else 0
+#        g_i = scaling * s_i if s_i is among the K largest, else 0
 #
 #    The softmax goes over all experts and precedes the choice: a token that is unsure between
-#    many experts gives each a small weight, and the weights need not sum to one.
+#    many experts gives each a small weight, and the weights need not sum to one. Six out of 160
+#    such weights are small indeed, so V2 multiplies them by routed_scaling_factor = 16.
 #
 #    Device-limited routing ([V2] 2.2.2): experts live in G groups, one per device. A token may
 #    reach only the M groups whose best expert it likes most, so that it crosses the network at
@@ -607,15 +539,16 @@ class Gate(nn.Module):
 # Left alone, a router collapses: an expert that is chosen more often learns more and is chosen
 # still more often. Three losses pull against that ([V2] 2.2.3, eq. 23-31), each of the form
 #
-#        alpha * sum_i f_i P_i      f_i: share of the tokens that i got, 1 = average
-#                                   P_i: probability that the router gave to i
+#        alpha * sum_i f_i P_i      f_i: the load of i divided by the average load
+#                                   P_i: mean probability that the router gave to i
 #
 # f counts and has no gradient; P has. So the router lowers its probabilities most where the
-# load is highest. All means are taken within a sequence, then over the batch: balance across
-# the batch alone would let each sequence flood one device. They differ in what i is:
-#     expert           one of E experts        no expert starves
-#     device           one of G groups         no GPU computes while others wait
-#     communication    one of G groups, f counting the tokens sent there: no link is flooded
+# load is highest. Both are taken within a sequence, the loss is then averaged over the batch, as
+# in the official code (seq_aux). They differ in what i is:
+#     expert           one of E experts: none starves
+#     device           one of G groups, P summed over its experts: no GPU works while others wait
+#     communication    one of G groups, f counting the tokens sent there: limited routing bounds
+#                      what a device sends, this loss evens out what it receives
 
 
 def balance_loss(config: Config, routing: Routing) -> Tensor:
@@ -628,28 +561,28 @@ def balance_loss(config: Config, routing: Routing) -> Tensor:
     f = counts * c.n_routed_experts / (K * T)  # B E
     loss = c.aux_loss_alpha * (f * P).sum(-1)  # eq. 23-25
     P_group = P.unflatten(1, (c.n_group, -1)).sum(-1)  # B G
-    f_group = f.unflatten(1, (c.n_group, -1)).mean(-1)
+    f_group = f.unflatten(1, (c.n_group, -1)).mean(-1)  # B G
     loss = loss + c.device_loss_alpha * (f_group * P_group).sum(-1)  # eq. 26-28
     f_sent = sent.float().mean(1) * c.n_group / c.topk_group  # B G
     loss = loss + c.comm_loss_alpha * (f_sent * P_group).sum(-1)  # eq. 29-31
     return loss.mean()
 
 
-def drop_tokens(config: Config, routing: Routing) -> Tensor:
+def drop_tokens(config: Config, routing: Routing, exempt: Tensor) -> Tensor:
     """Weights [B, T, K] with 0 where a device is over its capacity ([V2] 2.2.4).
 
     Each device takes token_drop_capacity times its average share of the batch's assignments,
-    those of highest affinity first. About a tenth of the sequences, drawn anew each time, is
-    never dropped, so that the model also learns what it meets in use, where nothing is.
+    those of highest affinity first. exempt [B]: sequences of which nothing is dropped (about a
+    tenth of them), so that the model also learns what it meets in use, where nothing is dropped.
     What the paper leaves open: capacity counts assignments, and weights are not renormalised.
     """
     c = config
     B, T, K = routing.index.shape
     capacity = int(c.token_drop_capacity * B * T * K / c.n_group)
-    device = (routing.index // (c.n_routed_experts // c.n_group)).flatten()
-    exempt = torch.rand(B, 1, 1, device=device.device) < 0.1
+    device = (routing.index // (c.n_routed_experts // c.n_group)).flatten()  # B*T*K
+    exempt = exempt[:, None, None]  # B 1 1
     affinity = routing.weights.detach().masked_fill(exempt, torch.inf)
-    order = affinity.flatten().argsort(descending=True)
+    order = affinity.flatten().argsort(descending=True)  # B*T*K
     onehot = F.one_hot(device[order], c.n_group)  # B*T*K G
     place = (onehot.cumsum(0) * onehot).sum(-1)  # 1 = the assignment its device wants most
     kept = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, place <= capacity)
@@ -657,14 +590,14 @@ def drop_tokens(config: Config, routing: Routing) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. DeepSeekMoE. How can a model know much and yet compute little?
+# 7. DeepSeekMoE. How can a model know much and yet compute little?
 #
 #                       x                                        [V2] section 2.2, [MoE] section 3
 #                       |
 #        +--------------+------------+
-#        |              |            |              Fine-grained: many small experts, 6 of 160,
-#        |            router      shared            allow many more combinations than 2 of 16
-#        |        s = softmax     expert(s)         large ones at equal cost.
+#        |              |            |              Fine-grained: 8 of 64 experts allow 4.4
+#        |            router      shared            billion combinations where 2 of 16 experts
+#        |        s = softmax     expert(s)         four times as wide allow 120, at equal cost.
 #        |        top K of E         |
 #        v              |            |              Shared: what every token needs is learned
 #    E_1  E_2  ... E_E  |            |              once, so that routed experts can specialise.
@@ -696,13 +629,15 @@ class Experts(nn.Module):
         return run(x.to(dtype), index, weights, gate_up, down)
 
     def can_group(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether grouped_mm runs here: its rows must be a multiple of 16 bytes, and so on."""
+        """Whether grouped_mm runs here; it wants rows of a multiple of 16 bytes."""
         aligned = all(n * dtype.itemsize % 16 == 0 for n in self.down_proj.shape[1:])
         if torch.compiler.is_compiling() and dtype != torch.bfloat16:
             return False  # its tracing rule knows bf16 only
         if device.type == "cuda":
             return (
-                aligned and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8,)
+                aligned
+                and dtype == torch.bfloat16
+                and torch.cuda.get_device_capability(device) >= (8,)
             )
         return aligned and device.type == "cpu"
 
@@ -755,24 +690,28 @@ class MoE(nn.Module):
             width = c.n_shared_experts * c.moe_intermediate_size
             self.shared_experts = MLP(c.hidden_size, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c, routing, aux_loss = self.config, self.gate(x), x.new_zeros((), dtype=torch.float32)
-        weights = routing.weights
+    def forward(self, x: Tensor, exempt: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D]; exempt [B]: sequences that token dropping spares; None drops nothing."""
+        c = self.config
+        routing = self.gate(x)
+        weights, aux_loss = routing.weights, torch.zeros((), device=x.device)
         if self.training:
             aux_loss = balance_loss(c, routing)
-            if c.token_drop_capacity:
-                weights = drop_tokens(c, routing)
-        index = routing.index.flatten(0, 1)  # N K
-        y = self.experts(x.flatten(0, 1), index, weights.flatten(0, 1)).view_as(x)
+        if exempt is not None:
+            weights = drop_tokens(c, routing, exempt)
+        index = routing.index.flatten(0, 1)  # B*T K
+        y = self.experts(x.flatten(0, 1), index, weights.flatten(0, 1)).view_as(x)  # B T D
         if c.n_shared_experts:
             y = y + self.shared_experts(x)
+        share = torch.full([index.numel()], 1 / index.numel(), device=x.device)
         load = torch.zeros(c.n_routed_experts, device=x.device)
-        ones = torch.full_like(index, 1 / index.numel(), dtype=load.dtype).flatten()
-        return y, aux_loss, load.scatter_add_(0, index.flatten(), ones)
+        return y.to(x.dtype), aux_loss, load.scatter_add_(0, index.flatten(), share)
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. The block. How do the parts stack?       x += attention(norm(x));  x += feed_forward(norm(x))
+# 8. The block. How do the parts stack?
+#
+#        x += attention(norm(x));  x += feed_forward(norm(x))
 # ----------------------------------------------------------------------------------------------
 
 
@@ -788,12 +727,41 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, span: Span, memory: Tensor | None = None):
+    def forward(self, x: Tensor, span: Span, exempt: Tensor | None, memory: Tensor | None):
         """[B, T, D] -> [B, T, D], and of a MoE layer its balance loss and load, else None."""
         x = x + self.self_attn(self.input_layernorm(x), span, memory)
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, aux_loss, load = y if self.is_moe else (y, None, None)
+        normed = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            return x + self.mlp(normed), None, None
+        y, aux_loss, load = self.mlp(normed, exempt)
         return x + y, aux_loss, load
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Sampling. Which token comes next?
+# ----------------------------------------------------------------------------------------------
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id per row of logits [B, V]; see `DeepSeek.generate` for the arguments."""
+    if temperature < 1e-6:  # the limit; dividing by less would leave the range of fp32
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        probs, ids = logits.softmax(-1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs  # the probability of all that rank higher
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -823,13 +791,16 @@ class Decoder(nn.Module):
     def forward(self, ids, cache=None, absorb=None, checkpoint_activations=False):
         span = make_span(self.config, ids, cache, absorb)
         x = self.embed_tokens(ids)  # B T D
-        aux_loss, loads = x.new_zeros((), dtype=torch.float32), []
+        dropping = self.training and self.config.token_drop_capacity > 0
+        # B; drawn once, so that a sequence is spared by all layers or by none
+        exempt = torch.rand(len(ids), device=ids.device) < 0.1 if dropping else None
+        aux_loss, loads = torch.zeros((), device=ids.device), []
         for i, layer in enumerate(self.layers):
             memory = cache.latents[i] if cache else None
             if checkpoint_activations:
-                x, aux, load = checkpoint(layer, x, span, memory, use_reentrant=False)
+                x, aux, load = checkpoint(layer, x, span, exempt, memory, use_reentrant=False)
             else:
-                x, aux, load = layer(x, span, memory)
+                x, aux, load = layer(x, span, exempt, memory)
             if layer.is_moe:
                 aux_loss = aux_loss + aux
                 loads.append(load)
@@ -883,15 +854,16 @@ class DeepSeek(nn.Module):
         return Output(None, self.cross_entropy(x, targets), aux_loss, load)
 
     def cross_entropy(self, x: Tensor, targets: Tensor, chunk_elements: int = 2**25) -> Tensor:
-        """Mean cross-entropy of x [B, T, D], without ever holding all logits [B, T, V].
+        """Mean cross-entropy of x [B, T, D] against targets [B, T].
 
-        With V = 102,400 the logits of a batch outweigh the model. So they are made for a chunk
-        of tokens at a time and made again in the backward pass; one chunk is simply kept.
+        One sequence of 4,096 tokens has 1.7 GB of fp32 logits at V = 102,400. So they are made
+        for a chunk of tokens at a time, and again in the backward pass; a batch that fits into
+        one chunk keeps its logits.
         """
         x, targets = x.flatten(0, 1), targets.flatten()
 
         def chunk_sum(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")  # n V -> 1
 
         size = max(1, chunk_elements // self.config.vocab_size)
         chunks = list(zip(x.split(size), targets.split(size), strict=True))
@@ -902,8 +874,8 @@ class DeepSeek(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active are those one token uses, without the input embedding, which
-        is a look-up (this is how the paper counts its 21B)."""
+        """(total, active): active are those that one token uses, without the input embedding,
+        which is a look-up. So counted, V2-Lite has 2.45B, the paper's 2.4B; else it had 2.66B."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for n, p in self.named_parameters() if ".mlp.experts." in n)
@@ -994,23 +966,89 @@ class DeepSeek(nn.Module):
             x = self.model(token[:, None], cache)[0][:, 0]
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one id per row of logits [B, V]; see `DeepSeek.generate` for the arguments."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        probs, ids = logits.softmax(-1).sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # the probability of all that rank higher
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+# ----------------------------------------------------------------------------------------------
+# 12. Which configurations can be built?
+# ----------------------------------------------------------------------------------------------
+
+
+def check_config(c: Config) -> None:
+    """Raise ConfigError, in one sentence with the value and the remedy, for an impossible one."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(message)
+
+    may_be_zero = {"n_shared_experts", "first_k_dense_replace", "bos_token_id", "eos_token_id"}
+    for name, (kind, _) in c.describe().items():
+        value, least = getattr(c, name), 0 if name in may_be_zero else 1
+        if kind is int or (kind == int | None and value is not None):
+            whole = type(value) is int and least <= value < 2**31
+            require(whole, f"{name} = {value!r} must be a whole number, at least {least}")
+        elif kind is float:
+            finite = type(value) in (int, float) and math.isfinite(value) and value >= 0
+            require(finite, f"{name} = {value!r} must be a finite number, 0 or more")
+        elif kind is bool:
+            require(type(value) is bool, f"{name} = {value!r} must be true or false")
+    for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+        require(getattr(c, name) > 0, f"{name} = {getattr(c, name)} must be above 0")
+    require(
+        c.num_hidden_layers <= 10_000, f"num_hidden_layers = {c.num_hidden_layers} is over 10000"
+    )
+    require(  # the model does not need this, but transformers does
+        c.hidden_size % c.num_attention_heads == 0,
+        f"hidden_size = {c.hidden_size} must be a multiple of num_attention_heads ="
+        f" {c.num_attention_heads}",
+    )
+    require(
+        c.qk_rope_head_dim % 2 == 0,
+        f"qk_rope_head_dim = {c.qk_rope_head_dim} must be even: RoPE rotates pairs",
+    )
+    require(
+        c.topk_method in ("greedy", "group_limited_greedy"),
+        f"topk_method = {c.topk_method!r} is unknown: use greedy or group_limited_greedy",
+    )
+    require(
+        c.n_routed_experts % c.n_group == 0,
+        f"n_routed_experts = {c.n_routed_experts} must be a multiple of n_group = {c.n_group}",
+    )
+    require(
+        c.topk_group <= c.n_group,
+        f"topk_group = {c.topk_group} must be at most n_group = {c.n_group}",
+    )
+    limited = c.topk_method == "group_limited_greedy"
+    reach = c.n_routed_experts // c.n_group * c.topk_group if limited else c.n_routed_experts
+    require(
+        c.num_experts_per_tok <= reach,
+        f"num_experts_per_tok = {c.num_experts_per_tok} must be at most {reach}, the experts that"
+        " a token can reach",
+    )
+    require(
+        limited or c.comm_loss_alpha == 0,
+        f"comm_loss_alpha = {c.comm_loss_alpha} needs topk_method = group_limited_greedy",
+    )
+    require(
+        c.token_drop_capacity == 0 or c.n_group > 1,
+        f"token_drop_capacity = {c.token_drop_capacity} needs n_group of 2 or more: it is a"
+        " device's capacity",
+    )
+    for name in ("bos_token_id", "eos_token_id"):
+        require(
+            getattr(c, name) < c.vocab_size,
+            f"{name} = {getattr(c, name)} must be below vocab_size = {c.vocab_size}",
+        )
+    if (yarn := c.rope_scaling) is None:
+        return
+    require(isinstance(yarn, dict), f"rope_scaling = {yarn!r} must be a dict or null")
+    kind = yarn.get("type", yarn.get("rope_type"))
+    require(kind == "yarn", f"rope_scaling type {kind!r} is unknown: use yarn or null")
+    for key in ("factor", "original_max_position_embeddings"):
+        require(key in yarn, f"rope_scaling lacks {key!r}, which YaRN needs")
+    for key, value in yarn.items():
+        if key in ("type", "rope_type"):
+            continue
+        require(key in YARN_V2, f"rope_scaling has an unknown key {key!r}")
+        least = 1 if key == "factor" else 0 if key == "mscale_all_dim" else 1e-9
+        ok = type(value) in (int, float) and math.isfinite(value) and value >= least
+        require(ok, f"rope_scaling {key} = {value!r} must be a number of at least {least}")
+    fast, slow = yarn.get("beta_fast", 32), yarn.get("beta_slow", 1)
+    require(fast >= slow, f"rope_scaling beta_fast = {fast} must not be below beta_slow = {slow}")

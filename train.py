@@ -39,13 +39,14 @@ from deepseek import PRESETS, Config, ConfigError, DeepSeek
 
 FORMAT = 1  # of ckpt.pt
 
-# What each size is trained with unless told otherwise.
+# What each size is trained with unless told otherwise; of the official sizes, what the paper says
+# (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(batch_size=8, lr=3e-3, warmup=50, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
-    "v2-lite": dict(batch_size=512, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=100_000),
-    "v2": dict(batch_size=2304, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=100_000),
+    "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
+    "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }
 
 
@@ -121,7 +122,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
     add("--minutes", type=number(float, 0, above=True), help="or: what fits (default: recipe's)")
     add("--batch_size", type=positive, help="sequences per step (default: the recipe's)")
-    add("--seq_len", type=positive, help="tokens per sequence (default: the model's context)")
+    add("--seq_len", type=number(int, 2), help="tokens per sequence (default: the model's context)")
     add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: recipe's)")
     add("--lr", type=number(float, 0, above=True), help="highest learning rate (default: recipe's)")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
@@ -143,9 +144,11 @@ def add_common_flags(parser: Parser) -> None:
 
 
 def add_config_flags(parser: Parser) -> None:
-    """A flag for every field of Config; unset ones keep the preset's value."""
-    group = parser.add_argument_group("model (every field of Config; default: the size's)")
+    """A flag for every field of Config that is a choice; unset ones keep the size's value."""
+    group = parser.add_argument_group("model: the fields of Config (default: the size's)")
     for name, (kind, meaning) in Config.describe().items():
+        if name in ("bos_token_id", "eos_token_id"):
+            continue  # the tokenizer knows them
         group.add_argument(f"--{name}", type=_config_type(kind), help=meaning, metavar="X")
 
 
@@ -170,7 +173,7 @@ def _config_type(kind: Any) -> Callable[[str], Any]:
 
 def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Config that were given as flags."""
-    given = {name: getattr(args, name) for name in Config.describe()}
+    given = {name: getattr(args, name, None) for name in Config.describe()}
     return {k: None if v == "none" else v for k, v in given.items() if v is not None}
 
 
@@ -256,13 +259,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of train.py, its tensors still on disk (memory-mapped). Raises UsageError."""
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """A checkpoint of train.py; with mmap its tensors stay on disk until they are used.
+
+    Raises UsageError.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist: make one with train.py")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch, zipfile and pickle each raise their own
         raise UsageError(f"checkpoint {path} cannot be read: it is damaged or not one") from error
     if not isinstance(state, dict) or state.get("program") != "deepseek.py":
@@ -280,8 +286,7 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
         model.load_state_dict(state["model"], assign=True)
     except RuntimeError as error:
         raise UsageError("the checkpoint's tensors do not fit its own configuration") from error
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    return model.eval().requires_grad_(True)
+    return model.eval()
 
 
 class Log:
@@ -462,7 +467,7 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
     if args.resume:
         if not checkpoint.is_file():
             raise UsageError(f"there is nothing to resume: {checkpoint} does not exist")
-        state = load_checkpoint(checkpoint)
+        state = load_checkpoint(checkpoint, mmap=False)  # the file will be replaced
         stored = state["args"]
         for name in sorted(typed - {"resume", "out", "log_level", "device"}):
             value, old = getattr(args, name), stored.get(name)
@@ -495,12 +500,13 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
 class Trainer:
     """One run: a model, its optimizer, where it stands, and how it goes on.
 
-    state: the checkpoint to go on from, or None. The run leaves ckpt.pt, log.jsonl and curves.png
-    in args.out.
+    text: the digest of what it is trained on. state: the checkpoint to go on from, or None. The
+    run leaves ckpt.pt, log.jsonl and curves.png in args.out.
     """
 
-    def __init__(self, args, model: DeepSeek, tokenizer, device, dtype, state: dict | None):
-        self.args, self.tokenizer, self.device, self.dtype = args, tokenizer, device, dtype
+    def __init__(self, args, model: DeepSeek, tokenizer, text: str, device, dtype, state):
+        self.args, self.tokenizer, self.text = args, tokenizer, text
+        self.device, self.dtype = device, dtype
         self.model, self.out = model.to(device).train(), Path(args.out)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -508,7 +514,8 @@ class Trainer:
         self.stop = False  # becomes true when somebody presses Ctrl-C
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
             self.step, self.tokens = state["step"], state["tokens"]
             self.best = state["best_val_loss"]
             torch.set_rng_state(state["rng"]["cpu"])
@@ -542,6 +549,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config),
             "tokenizer": self.tokenizer.to_str(),
+            "text": self.text,
+            "dtype": str(self.dtype).removeprefix("torch."),  # what auto meant
             "step": self.step,  # also the position in the data: batches depend on it alone
             "tokens": self.tokens,
             "best_val_loss": self.best,
@@ -620,6 +629,12 @@ class Trainer:
         while not self.stop and self.step < (args.steps or math.inf):
             tick = time.perf_counter()
             record, load = self.train_step(*batch_at(self.step))
+            if not math.isfinite(record["loss"]):
+                bar.close()
+                raise UsageError(
+                    f"the loss became {record['loss']} at step {self.step}: the last checkpoint is"
+                    " kept; try a lower --lr or --dtype float32"
+                )
             seconds.append(time.perf_counter() - tick)
             if args.steps is None and self.step == steps_began + 20:
                 left = 60 * args.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
@@ -643,6 +658,8 @@ class Trainer:
                 self.log.flush()
                 self.save()
         bar.close()
+        if self.stop and self.step == 0:  # before the first step there was nothing to save yet
+            self.save()
         for which, handler in handlers.items():
             signal.signal(which, handler)
         return record
@@ -682,12 +699,13 @@ def make_parser() -> Parser:
 def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Fill in what was not typed from the size's recipe."""
     recipe = RECIPES[args.size]
-    base = Config.preset(args.size, **overrides)
+    base = Config.preset(args.size, **{"bos_token_id": 0, "eos_token_id": 1} | overrides)
     if not args.steps and not args.minutes:
         args.steps, args.minutes = recipe.get("steps"), recipe.get("minutes")
-    for name in ("batch_size", "lr", "warmup"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
+    if args.warmup is None:
+        args.warmup = min(recipe["warmup"], (args.steps or 10**9) // 10)
+    args.batch_size = args.batch_size or recipe["batch_size"]
+    args.lr = args.lr or recipe["lr"]
     args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.vocab_size = base.vocab_size
@@ -745,14 +763,16 @@ def main() -> None:
         print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
         return
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+    dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
 
     # 2. Text
     torch.manual_seed(args.seed)
     corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
     tokenizer = corpus.tokenizer
-    if state and state["tokenizer"] != tokenizer.to_str():
+    if state and state["text"] != corpus.digest:
         raise UsageError(f"--data {args.data} has changed since the run began: start another run")
+    if state and state["tokenizer"] != tokenizer.to_str():
+        raise UsageError("this version of tokenizers cuts the text otherwise: start another run")
     batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
     piece = args.batch_size // args.grad_accum
     sizes = data.token_bytes(tokenizer)
@@ -766,7 +786,7 @@ def main() -> None:
         estimate_memory(config, piece, args.seq_len, args.checkpoint_activations), device
     )
     model = build_model(state) if state else DeepSeek(config)
-    trainer = Trainer(args, model, tokenizer, device, dtype, state)
+    trainer = Trainer(args, model, tokenizer, corpus.digest, device, dtype, state)
     del state  # its tensors are in use now, or not needed
 
     # 4. What it will do

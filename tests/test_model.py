@@ -96,6 +96,17 @@ def test_bfloat16_model_stays_near_float32():
 
 
 @torch.no_grad()
+def test_a_model_cast_to_bfloat16_runs_in_bfloat16():
+    model = random_model(small(num_experts_per_tok=8))
+    ids = torch.randint(0, 96, (2, 40))
+    exact = model(ids).logits
+    model = model.bfloat16()
+    assert model(ids).logits.dtype == torch.bfloat16
+    close(model(ids).logits.float(), exact, 0.08)
+    close(in_chunks(model, ids, None).float(), exact, 0.08)
+
+
+@torch.no_grad()
 def test_no_token_sees_a_later_one():
     for device in (
         ["cpu"]
@@ -268,12 +279,20 @@ def test_yarn_slows_each_pair_by_the_golden_ratio():
         (None, 0.0721688),
         (YARN_V2, 0.1147214),
         (YARN_V2 | dict(mscale=1.0, mscale_all_dim=1.0), 0.1352338),
+        (YARN_V2 | dict(mscale=0.707, mscale_all_dim=0.707, beta_slow=1.5), 0.1147214),
     ],
 )
 def test_softmax_scale_is_golden_and_cos_is_not_scaled(scaling, golden):
     config = Config.preset("v2", rope_scaling=scaling)
     assert softmax_scale(config) == pytest.approx(golden, abs=5e-8)
     assert torch.equal(rope_angles(config, torch.zeros(1))[0], torch.ones(1, 32))
+
+
+def test_yarn_without_mscale_scales_the_rotation_as_officially():
+    scaling = {k: v for k, v in YARN_V2.items() if "mscale" not in k}
+    config = Config.preset("v2", rope_scaling=scaling)
+    assert softmax_scale(config) == pytest.approx(0.0721688, abs=5e-8)
+    assert rope_angles(config, torch.zeros(1))[0][0, 0] == pytest.approx(0.1 * math.log(40) + 1)
 
 
 # --- MLA ---------------------------------------------------------------------------------------
@@ -296,9 +315,11 @@ def test_cache_holds_the_normed_latent_and_the_rotated_key():
 
 
 def test_absorbing_pays_below_171_queries_in_v2():
-    config = Config.preset("v2")
-    assert deepseek.absorbing_is_cheaper(config, 170)
-    assert not deepseek.absorbing_is_cheaper(config, 171)
+    config, many = Config.preset("v2"), 10**9
+    assert deepseek.absorbing_is_cheaper(config, 170, many)
+    assert not deepseek.absorbing_is_cheaper(config, 171, many)
+    assert not deepseek.absorbing_is_cheaper(config, 100, 100)  # a prompt into an empty cache
+    assert deepseek.absorbing_is_cheaper(config, 1, 2)
 
 
 def test_latent_norms_use_eps_1e_6_whatever_the_config_says():
@@ -321,7 +342,7 @@ def test_outgrowing_the_cache_or_the_context_is_refused():
     model = random_model(small())
     with pytest.raises(ValueError, match="5 tokens do not fit: the cache ends at 4"):
         model(torch.zeros(1, 5, dtype=torch.long), cache=model.new_cache(1, 4))
-    with pytest.raises(ValueError, match="129 tokens do not fit: the model ends at 128"):
+    with pytest.raises(ValueError, match="129 tokens do not fit: the model's context ends at 128"):
         model(torch.zeros(1, 129, dtype=torch.long))
 
 
@@ -476,19 +497,25 @@ def test_dropping_keeps_what_each_device_wants_most():
     index = torch.tensor([0, 1, 2, 3, 0, 1, 4, 5]).view(1, 8, 1)
     weights = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4, 0.05, 0.06]).view(1, 8, 1)
     routing = Routing(torch.zeros(1, 8, 8), weights, index, torch.ones(1, 8, 2, dtype=torch.bool))
-    torch.manual_seed(0)  # draws 0.496: the sequence is not exempt
-    dropped = drop_tokens(config, routing).flatten()
+    dropped = drop_tokens(config, routing, torch.tensor([False])).flatten()
     kept = [0, 0.9, 0, 0.8, 0, 0, 0.05, 0.06]
     assert torch.allclose(dropped, torch.tensor(kept))
+    assert torch.equal(drop_tokens(config, routing, torch.tensor([True])), weights)
 
 
-def test_a_tenth_of_the_sequences_is_never_dropped():
-    config = small(n_group=2, num_experts_per_tok=1, token_drop_capacity=0.01)
-    index = torch.zeros(1000, 4, 1, dtype=torch.long)
-    routing = Routing(torch.zeros(0), torch.ones(1000, 4, 1), index, torch.zeros(0))
-    torch.manual_seed(0)
-    untouched = drop_tokens(config, routing).bool().all(1).sum().item()
-    assert 70 < untouched < 130
+@torch.no_grad()
+def test_a_tenth_of_the_sequences_is_spared_by_all_layers(monkeypatch):
+    seen = []
+
+    def spy(config, routing, exempt):
+        seen.append(exempt)
+        return routing.weights
+
+    monkeypatch.setattr(deepseek, "drop_tokens", spy)
+    model = random_model(small(token_drop_capacity=1.0, **GROUPS)).train()
+    model(torch.zeros(1000, 2, dtype=torch.long))
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+    assert 70 < seen[0].sum() < 130
 
 
 @torch.no_grad()
@@ -609,14 +636,14 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
     [
         (dict(qk_rope_head_dim=7), "qk_rope_head_dim = 7 must be even"),
         (dict(n_group=3), "n_routed_experts = 8 must be a multiple of n_group = 3"),
-        (GROUPS | dict(num_experts_per_tok=5), "at most 4, the experts a token can reach"),
+        (GROUPS | dict(num_experts_per_tok=5), "at most 4, the experts that a token"),
         (dict(num_experts_per_tok=9), "at most 8"),
         (dict(n_group=2, topk_group=3), "topk_group = 3 must be at most n_group = 2"),
         (dict(hidden_size=50), "hidden_size = 50 must be a multiple of num_attention_heads = 3"),
         (dict(topk_method="noaux_tc"), "topk_method = 'noaux_tc' is unknown"),
         (dict(vocab_size=0), "vocab_size = 0 must be a whole number"),
         (dict(vocab_size=1.5), "vocab_size = 1.5"),
-        (dict(num_hidden_layers=10**9), "is over 10000"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is over 10000"),
         (dict(rms_norm_eps=math.nan), "rms_norm_eps = nan"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
         (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1"),
@@ -625,8 +652,11 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling type 'linear'"),
         (dict(rope_scaling={"type": "yarn", "factor": 2}), "lacks 'original_max_position"),
-        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 is below 1"),
+        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a number of at least 1"),
         (dict(rope_scaling=YARN_V2 | {"factro": 2}), "unknown key 'factro'"),
+        (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a number"),
+        (dict(rope_scaling=YARN_V2 | {"beta_fast": 0.5}), "beta_fast = 0.5 must not be below"),
+        (dict(token_drop_capacity=1.0), "token_drop_capacity = 1.0 needs n_group of 2"),
     ],
 )
 def test_impossible_configs_are_refused_in_a_sentence(overrides, message):
