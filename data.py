@@ -441,7 +441,7 @@ class Batches:
 
     def __init__(self, tokens: Tokens, batch_size: int, seq_len: int, seed: int):
         self.ids, self.batch_size, self.seq_len, self.seed = tokens.ids, batch_size, seq_len, seed
-        rows = -(-np.diff(tokens.starts) // seq_len)  # per document
+        rows = -(-(np.diff(tokens.starts) - 1) // seq_len)  # per document; none begins with eos
         within = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
         starts = np.repeat(tokens.starts[:-1], rows) + within * seq_len
         self.starts = starts[starts + seq_len < len(tokens.ids)]

@@ -62,9 +62,28 @@ def test_logits_equal_those_of_transformers(overrides, absorb):
     close(in_chunks(model, ids, absorb), expected)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(first_k_dense_replace=2),
+        dict(first_k_dense_replace=0, n_group=4),
+        dict(v_head_dim=24),  # wider than query and key
+        dict(qk_rope_head_dim=2, **YARN),
+        dict(rope_scaling=YARN_V2),  # dr = 8: the ramp's end is clamped
+        dict(rope_scaling=YARN["rope_scaling"] | dict(beta_fast=1, beta_slow=1)),  # no ramp at all
+        dict(rope_scaling=YARN["rope_scaling"] | dict(beta_fast=4, beta_slow=0.5)),
+        dict(rope_scaling=YARN["rope_scaling"] | dict(mscale=0.5, mscale_all_dim=1.5)),
+        dict(
+            rope_scaling={
+                k: YARN["rope_scaling"][k]
+                for k in ("type", "factor", "original_max_position_embeddings")
+            }
+        ),
+    ],
+)
 @torch.no_grad()
-def test_two_dense_layers_equal_transformers():
-    model = random_model(small(first_k_dense_replace=2))
+def test_further_shapes_equal_transformers(overrides):
+    model = random_model(small(**overrides))
     other = oracle(model.config)
     other.load_state_dict(model.state_dict())
     ids = torch.randint(0, 96, (2, 30))
@@ -183,6 +202,17 @@ def test_names_and_shapes_are_those_of_the_official_checkpoint():
     assert not [k for k in shapes if k.startswith("model.layers.27")]
 
 
+def test_every_second_layer_can_be_moe_and_none_need_be():
+    model = random_model(small(num_hidden_layers=5, first_k_dense_replace=1, moe_layer_freq=2))
+    assert [layer.is_moe for layer in model.model.layers] == [False, False, True, False, True]
+    dense = random_model(small(first_k_dense_replace=3, n_shared_experts=0))
+    out = dense(torch.zeros(1, 4, dtype=torch.long))
+    assert out.expert_load.shape == (0, 8) and out.aux_loss == 0
+    bare = random_model(small(n_shared_experts=0))
+    assert not [name for name, _ in bare.named_parameters() if "shared" in name]
+    assert torch.isfinite(bare(torch.zeros(1, 4, dtype=torch.long)).logits).all()
+
+
 def test_initial_weights_have_the_stated_spread():
     model = DeepSeek(Config.preset("tiny", initializer_range=0.03))
     for name, p in model.named_parameters():
@@ -192,7 +222,9 @@ def test_initial_weights_have_the_stated_spread():
             assert (p == 1).all(), name
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_changes_nothing(monkeypatch):
+    calls, real = [], deepseek.checkpoint
+    monkeypatch.setattr(deepseek, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
     ids, targets = torch.randint(0, 96, (2, 2, 16))
     grads = []
     for keep in (False, True):
@@ -203,6 +235,7 @@ def test_activation_checkpointing_changes_nothing():
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+    assert len(calls) == 3  # one per layer
 
 
 def test_compiled_without_a_graph_break():
@@ -211,9 +244,13 @@ def test_compiled_without_a_graph_break():
     ids, targets = torch.randint(0, 96, (2, 2, 16))
     with torch.autocast("cpu", torch.bfloat16):
         close(compiled(ids, targets).loss, model(ids, targets).loss, 1e-3)
+    broken = torch.compile(model, backend="eager")  # in fp32 the experts are looped
+    close(broken(ids, targets).loss, model(ids, targets).loss)
 
 
-def test_chunked_cross_entropy_equals_the_whole():
+def test_chunked_cross_entropy_equals_the_whole(monkeypatch):
+    calls, real = [], deepseek.checkpoint
+    monkeypatch.setattr(deepseek, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
     model = random_model(small()).train()
     x = torch.randn(3, 10, 48, requires_grad=True)
     targets = torch.randint(0, 96, (3, 10))
@@ -226,7 +263,9 @@ def test_chunked_cross_entropy_equals_the_whole():
     close(results[0][0], expected)
     for a, b in zip(*results, strict=True):
         close(a, b)
+    assert len(calls) == 5  # 30 tokens in chunks of 7, none of them kept
     assert model.cross_entropy(x, torch.full_like(targets, -100)).item() == 0
+    assert torch.isfinite(model.cross_entropy(x, targets, 1))
 
 
 def test_loss_is_cross_entropy_alone_and_evaluation_has_no_balance_loss():
@@ -239,8 +278,28 @@ def test_loss_is_cross_entropy_alone_and_evaluation_has_no_balance_loss():
     out = model.train()(ids, targets)
     close(out.loss, expected)
     assert out.aux_loss > 5
-    assert out.expert_load.shape == (2, 8)
-    assert torch.allclose(out.expert_load.sum(1), torch.ones(2))
+
+
+def test_balance_losses_of_all_layers_are_added():
+    model = random_model(small(aux_loss_alpha=0.25, device_loss_alpha=0.0)).train()
+    for layer in model.model.layers[1:]:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)  # uniform: each layer gives alpha exactly
+    out = model(*torch.randint(0, 96, (2, 2, 16)))
+    assert out.aux_loss.item() == pytest.approx(0.5, rel=1e-6)
+
+
+@torch.no_grad()
+def test_expert_load_counts_the_choices_of_each_layer(monkeypatch):
+    seen, real = [], Gate.forward
+
+    def spy(self, x):
+        seen.append(real(self, x))
+        return seen[-1]
+
+    monkeypatch.setattr(Gate, "forward", spy)
+    load = random_model(small())(torch.randint(0, 96, (2, 16))).expert_load
+    expected = [r.index.flatten().bincount(minlength=8) / (2 * 16 * 3) for r in seen]
+    assert torch.allclose(load, torch.stack(expected))
 
 
 # --- norm, RoPE, YaRN --------------------------------------------------------------------------
@@ -322,6 +381,26 @@ def test_absorbing_pays_below_171_queries_in_v2():
     assert deepseek.absorbing_is_cheaper(config, 1, 2)
 
 
+def test_a_cache_decodes_absorbed_and_reads_a_prompt_expanded():
+    config = small(max_position_embeddings=1000, kv_lora_rank=200)
+    cache = DeepSeek(config).new_cache(1, 900)
+
+    def absorbs(tokens, cached, cache=cache):
+        cache and setattr(cache, "lengths", [cached])
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        return deepseek.make_span(config, ids, cache, None).absorb
+
+    assert absorbs(1, 500) and not absorbs(500, 0) and not absorbs(300, 300)
+    assert not absorbs(5, 0, cache=None)
+
+
+def test_a_cache_has_the_size_and_dtype_asked_for():
+    cache = DeepSeek(small()).new_cache(2, 7, torch.bfloat16)
+    assert cache.latents.dtype == torch.bfloat16 and cache.lengths == [0, 0]
+    assert cache.nbytes == 3 * 2 * 7 * 28 * 2
+    assert DeepSeek(small()).new_cache(1, 7).latents.dtype == torch.float32
+
+
 def test_latent_norms_use_eps_1e_6_whatever_the_config_says():
     attention = MLA(small(rms_norm_eps=1e-3, q_lora_rank=8))
     assert attention.kv_a_layernorm.eps == attention.q_a_layernorm.eps == 1e-6
@@ -340,6 +419,12 @@ def test_rows_of_different_lengths_share_a_cache():
 
 def test_outgrowing_the_cache_or_the_context_is_refused():
     model = random_model(small())
+    assert (
+        model(torch.zeros(1, 4, dtype=torch.long), cache=model.new_cache(1, 4)).logits.shape[1] == 4
+    )
+    assert model(torch.zeros(1, 128, dtype=torch.long)).logits.shape[1] == 128
+    with pytest.raises(ValueError, match="129 tokens do not fit: the model's"):
+        model(torch.zeros(1, 129, dtype=torch.long), cache=model.new_cache(1, 200))
     with pytest.raises(ValueError, match="5 tokens do not fit: the cache ends at 4"):
         model(torch.zeros(1, 5, dtype=torch.long), cache=model.new_cache(1, 4))
     with pytest.raises(ValueError, match="129 tokens do not fit: the model's context ends at 128"):
@@ -391,6 +476,9 @@ def test_the_gate_computes_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = gate(x)
     assert torch.equal(exact.index, mixed.index) and torch.equal(exact.scores, mixed.scores)
+    gate, x = gate.bfloat16(), x.bfloat16()
+    expected = (x.float() @ gate.weight.float().T).softmax(-1)
+    assert torch.allclose(gate(x).scores, expected, atol=1e-6)
 
 
 def routing_of(scores, index, sent=None):
@@ -437,13 +525,18 @@ def test_balance_is_per_sequence_not_per_batch():
 
 
 def test_balance_gradient_flows_through_probabilities_only():
-    config = small(aux_loss_alpha=0.5, device_loss_alpha=0.0)
-    logits = torch.randn(2, 10, 8, requires_grad=True)
-    scores = logits.softmax(-1)
+    alphas = dict(aux_loss_alpha=0.5, device_loss_alpha=0.7, comm_loss_alpha=0.9)
+    config = small(**GROUPS | alphas)
+    scores = torch.randn(2, 10, 8, requires_grad=True).softmax(-1)
     index = scores.topk(3).indices
-    grad = torch.autograd.grad(balance_loss(config, routing_of(scores, index)), scores)[0]
+    sent = torch.zeros(2, 10, 4, dtype=torch.bool)
+    sent.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
+    grad = torch.autograd.grad(balance_loss(config, routing_of(scores, index, sent)), scores)[0]
     f = F.one_hot(index, 8).sum((1, 2)) * 8 / (3 * 10)  # B E
-    assert torch.allclose(grad, (0.5 * f / 10 / 2)[:, None].expand_as(grad))
+    of_device = f.view(2, 4, 2).mean(-1).repeat_interleave(2, -1)
+    of_sending = (sent.float().mean(1) * 4 / 2).repeat_interleave(2, -1)
+    expected = (0.5 * f + 0.7 * of_device + 0.9 * of_sending) / 10 / 2  # mean over T and B
+    assert torch.allclose(grad, expected[:, None].expand_as(grad))
 
 
 def test_accumulation_changes_no_gradient():
@@ -483,12 +576,28 @@ def test_grouped_experts_equal_the_loop(dtype, relative):
         assert (result[3][5] == 0).all() and (result[4][5] == 0).all()  # idle: gradient zero
 
 
-def test_can_group_is_used_where_it_runs():
-    assert Experts(small()).can_group(torch.device("cpu"), torch.float32)
-    unaligned = Experts(small(moe_intermediate_size=25))
-    assert not unaligned.can_group(torch.device("cpu"), torch.float32)
-    out = random_model(small(moe_intermediate_size=25))(torch.randint(0, 96, (1, 9)))
-    assert torch.isfinite(out.logits).all()
+def test_experts_are_grouped_where_that_runs_and_looped_elsewhere(monkeypatch):
+    cpu, taken = torch.device("cpu"), []
+    for name in ("looped", "grouped"):
+        real = getattr(Experts, name)
+
+        def spy(self, x, *rest, name=name, real=real):
+            taken.append((name, x.dtype))
+            return real(self, x, *rest)
+
+        monkeypatch.setattr(Experts, name, spy)
+    ids = torch.randint(0, 96, (1, 9))
+    random_model(small(num_hidden_layers=2))(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        random_model(small(num_hidden_layers=2))(ids)
+    assert taken == [("grouped", torch.float32), ("grouped", torch.bfloat16)]
+    for odd in (dict(moe_intermediate_size=22), dict(hidden_size=51)):  # rows not 16 bytes
+        config = small(num_hidden_layers=2, **odd)
+        assert not Experts(config).can_group(cpu, torch.float32)
+        assert torch.isfinite(random_model(config)(ids).logits).all()
+        assert taken.pop() == ("looped", torch.float32)
+    assert Experts(small(moe_intermediate_size=20)).can_group(cpu, torch.float32)
+    assert not Experts(small(moe_intermediate_size=20)).can_group(cpu, torch.bfloat16)
 
 
 def test_dropping_keeps_what_each_device_wants_most():
@@ -501,6 +610,21 @@ def test_dropping_keeps_what_each_device_wants_most():
     kept = [0, 0.9, 0, 0.8, 0, 0, 0.05, 0.06]
     assert torch.allclose(dropped, torch.tensor(kept))
     assert torch.equal(drop_tokens(config, routing, torch.tensor([True])), weights)
+
+
+def test_capacity_is_shared_by_the_batch_and_taken_by_the_exempt_first():
+    config = small(n_group=2, num_experts_per_tok=2, token_drop_capacity=1.0)
+    index = torch.tensor([0, 1]).expand(4, 3, 2)  # all 24 assignments to device 0, which takes 12
+    weights = torch.rand(4, 3, 2, requires_grad=True)
+    routing = Routing(torch.zeros(0), weights, index, torch.zeros(0))
+    none = torch.zeros(4, dtype=torch.bool)
+    dropped = drop_tokens(config, routing, none)
+    assert (dropped > 0).sum() == 12
+    assert dropped[dropped > 0].min() > weights[dropped == 0].max()
+    assert torch.autograd.grad(dropped.sum(), weights)[0].sum() == 12
+    two = torch.tensor([True, False, True, False])
+    dropped = drop_tokens(config, routing, two)  # the two exempt ones fill it alone
+    assert (dropped[two] > 0).all() and (dropped[~two] == 0).all()
 
 
 @torch.no_grad()
@@ -559,6 +683,9 @@ def test_stop_repeats_itself_and_ends_the_stream():
     stop = int(free[0, 2])
     rows = generated(model, [[3, 4], [5, 6]], 40, temperature=0, stop=stop)
     assert (rows[0, 2:] == stop).all()
+    own = free[1].tolist()
+    own = own[: own.index(stop)] if stop in own else own
+    assert len(own) > 3 and rows[1, : len(own)].tolist() == own  # the other row goes on
     alone = generated(model, [[3, 4]], 40, temperature=0, stop=stop)
     assert alone.shape[1] == free[0].tolist().index(stop) + 1
 
@@ -588,6 +715,8 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     assert torch.allclose(share(top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
     three = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
     assert torch.allclose(share(top_p=0.81), three, atol=0.02)
+    assert torch.allclose(share(top_k=3, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert torch.allclose(share(top_k=99), probs, atol=0.02)
     assert torch.equal(share(top_p=1e-9), torch.tensor([1.0, 0, 0, 0]))
     assert torch.equal(share(temperature=1e-30), torch.tensor([1.0, 0, 0, 0]))
 
@@ -603,6 +732,7 @@ def test_generation_is_repeated_by_its_generator_and_leaves_the_global_one_alone
 def test_generation_ends_where_the_context_does():
     model = random_model(small(max_position_embeddings=10))
     assert generated(model, [[1, 2, 3]], 100).shape == (1, 7)
+    assert generated(model, [[1], [1, 2, 3, 4]], 100).shape == (2, 6)
     assert not list(model.generate([[1]], 0))
 
 
@@ -643,6 +773,20 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(topk_method="noaux_tc"), "topk_method = 'noaux_tc' is unknown"),
         (dict(vocab_size=0), "vocab_size = 0 must be a whole number"),
         (dict(vocab_size=1.5), "vocab_size = 1.5"),
+        (dict(vocab_size=2**31), "vocab_size = 2147483648"),
+        (dict(n_routed_experts=True), "n_routed_experts = True"),
+        (dict(q_lora_rank=0), "q_lora_rank = 0"),
+        (dict(rope_theta=math.inf), "rope_theta = inf"),
+        (dict(rope_theta="1"), "rope_theta = '1'"),
+        (dict(rope_theta=0.0), "rope_theta = 0.0 must be above 0"),
+        (dict(routed_scaling_factor=0.0), "routed_scaling_factor = 0.0 must be above 0"),
+        (dict(num_hidden_layers=10_001), "is over 10000"),
+        (dict(bos_token_id=96), "bos_token_id = 96 must be below"),
+        (dict(rope_scaling=[1]), "must be a dict or null"),
+        (dict(rope_scaling={"type": "yarn", "original_max_position_embeddings": 9}), "lacks 'fac"),
+        (dict(rope_scaling=YARN_V2 | {"mscale": math.inf}), "mscale = inf"),
+        (dict(rope_scaling=YARN_V2 | {"beta_slow": -1}), "beta_slow = -1"),
+        (dict(rope_scaling=YARN_V2 | {"factor": math.nan}), "factor = nan"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is over 10000"),
         (dict(rms_norm_eps=math.nan), "rms_norm_eps = nan"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
@@ -652,7 +796,10 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling type 'linear'"),
         (dict(rope_scaling={"type": "yarn", "factor": 2}), "lacks 'original_max_position"),
-        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a number of at least 1"),
+        (
+            dict(rope_scaling=YARN_V2 | {"factor": 0.5}),
+            "factor = 0.5 must be a number of at least 1",
+        ),
         (dict(rope_scaling=YARN_V2 | {"factro": 2}), "unknown key 'factro'"),
         (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a number"),
         (dict(rope_scaling=YARN_V2 | {"beta_fast": 0.5}), "beta_fast = 0.5 must not be below"),
@@ -663,6 +810,13 @@ def test_impossible_configs_are_refused_in_a_sentence(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         small(**overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_possible_is_accepted():
+    small(n_group=4, topk_group=1)  # greedy routing does not care for groups
+    small(rope_scaling={**YARN_V2, "rope_type": "yarn"} | {"mscale_all_dim": 0})
+    small(rope_scaling={k: v for k, v in YARN_V2.items() if k != "type"} | {"rope_type": "yarn"})
+    small(n_shared_experts=0, first_k_dense_replace=0, q_lora_rank=4)
 
 
 def test_presets_refuse_unknown_names_and_fields():

@@ -310,6 +310,57 @@ def test_evaluation_is_the_mean_over_tokens(trained):
     assert bpb == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
+@pytest.mark.parametrize("accum", [1, 2, 4])
+def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
+    state = train.load_checkpoint(trained, mmap=False)
+    config = Config(**state["config"] | {"aux_loss_alpha": 2.0})
+    args = train.make_parser().parse_args(["--clip", "0.05", "--schedule", "constant"])
+    args.lr, args.warmup, args.steps, args.grad_accum = 0.01, 4, 10, accum
+    args.out, args.overwrite = str(tmp_path), False
+    inputs, targets = torch.randint(0, 320, (2, 4, 12))
+    targets[0, 3:], targets[2] = data.IGNORE, data.IGNORE  # pieces with different counts
+    device = torch.device("cpu")
+
+    one, other = train.DeepSeek(config), train.DeepSeek(config)
+    other.load_state_dict(one.state_dict())
+    trainer = train.Trainer(args, one, data.load_tokenizer(state["tokenizer"]), "", device,
+                            torch.float32, None)  # fmt: skip
+    record, _ = trainer.train_step(inputs, targets)
+
+    decayed = [p for p in other.parameters() if p.dim() > 1]
+    rest = [p for p in other.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01 / 4, betas=(0.9, 0.95))
+    out = other.train()(inputs, targets)
+    (out.loss + out.aux_loss).backward()
+    norm = torch.stack([p.grad.norm() for p in other.parameters()]).norm()
+    for p in other.parameters():
+        p.grad *= min(1, 0.05 / norm)
+    optimizer.step()
+    assert record["loss"] == pytest.approx(out.loss.item(), rel=1e-4)
+    assert record["aux_loss"] == pytest.approx(out.aux_loss.item(), rel=1e-4)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3) and norm > 0.05
+    assert record["lr"] == 0.01 / 4
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5), (p - q).abs().max()
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --out {tmp_path}/o --save_every 1 --clip 1e30 --warmup 0"
+    code, _, err = run(f"{line} --steps 50 --lr 1e30")
+    assert code == 2 and "the loss became" in err and "--lr" in err
+    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] >= 1
+
+
+def test_a_changed_text_is_not_resumed_on(run, corpus, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(corpus.read_text())
+    assert run(f"train {MODEL} --data {path} --out {tmp_path}/o --steps 2")[0] == 0
+    path.write_text(corpus.read_text().replace("small", "great"))
+    code, _, err = run(f"train --resume --steps 4 --out {tmp_path}/o")
+    assert code == 2 and "has changed since the run began" in err
+
+
 def test_every_flag_has_help_with_its_default():
     for parser in (train.make_parser(), sample.make_parser()):
         for action in parser._actions:
