@@ -1,0 +1,433 @@
+"""The built-in corpus: one walk per text, exact probabilities, true to itself, fairly judged."""
+
+import hashlib
+import itertools
+import math
+import random
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stories
+from stories import NotAStory, Task, compile_plot, compile_template, parse, tell, walk
+
+N = 2000
+TOLD = [tell(seed) for seed in range(N)]
+GOLDEN = """\
+Once upon a time, in a tidy attic by the market, there lived a shy girl called Ada with her
+aunt. Ada was brave in most things, but a moonless night frightened her. Only Peter next door
+knew. One grey Friday, they played with a grey xylophone behind the chapel. Only at bedtime did
+Ada miss it. How could Ada sleep without it? But outside it was black as ink.
+
+Peter came along with a lamp. "We shall count our steps," he said. "Eleven steps, and then we
+rest." In the rose garden two shining eyes looked at them. Ada wanted to turn back. Peter lifted
+the lamp. It was only a badger, looking for its supper! So they went on, eleven steps and eleven
+steps again, until they came to the chapel and Ada grabbed the xylophone.
+
+On the way back Ada carried the lamp. In the rose garden she said, "Good night, little badger!"
+That night Ada sat in the attic by the market and told her aunt everything about Peter and the
+grey xylophone."""
+GOLDEN = re.sub(r"(?<!\n)\n(?!\n)", " ", GOLDEN)  # a line break within a paragraph is a space
+DIGEST = "deb04abca4033e64d09823d08f61c41f5765e7639ca6c005ac11eb68f60862ae"
+
+
+class Everything:
+    """A chooser that leaves nothing out."""
+
+    def choose(self, chances):
+        return range(len(chances))
+
+    def accept(self, at, text, kind):
+        return True
+
+
+# Telling
+
+
+def test_a_seed_tells_the_same_story_for_ever():
+    assert TOLD[7].text == GOLDEN
+    thousand = "\n".join(story.text for story in TOLD[:1000])
+    assert hashlib.sha256(thousand.encode()).hexdigest() == DIGEST
+
+
+def test_telling_does_not_depend_on_the_hash_seed():
+    program = "import stories; print(stories.tell(7).text)"
+    for hash_seed in "12":
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": stories.__file__.rpartition("/")[0]},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == GOLDEN
+
+
+def test_a_negative_seed_is_refused():
+    for ask in (tell, stories.instructions):  # random.Random(-1) would repeat random.Random(1)
+        with pytest.raises(ValueError, match="-1"):
+            ask(-1)
+
+
+def test_stories_are_80_to_200_words_of_plain_ascii():
+    for story in TOLD:
+        assert 80 <= len(story.text.split()) <= 200
+        assert story.text.isascii() and story.text == story.text.strip()
+
+
+def test_a_thousand_words_are_in_use_and_every_plot_is_told():
+    words = {word for story in TOLD for word in re.findall("[a-z]+", story.text.lower())}
+    assert len(words) >= 1000
+    assert {story.choices[0] for story in TOLD} == set(range(len(stories.PLOTS)))
+    assert len(stories.PLOTS) >= 12
+
+
+def test_spelling_of_what_the_templates_put_together():
+    for story in TOLD:
+        text = story.text
+        assert not re.search(r"[\[\]{}<>|*]|  | \n|\n | [.,!?]|[.,]{2}|\d", text)
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]", text)
+        assert text.count('"') % 2 == 0
+        # A sentence begins with a capital letter, inside a quotation or not.
+        assert not re.search(r"(?:^|\n\n|[.] |[.!?]\" \")\"?[a-z]", text), text
+        assert text.endswith((".", '."', "!"))
+
+
+# Parsing
+
+
+def test_a_text_belongs_to_one_walk_only():
+    for story in TOLD:
+        walks = list(walk(stories.STORY, stories.Follower(story.text)))  # all of them
+        assert len(walks) == 1
+        assert stories.told(*walks[0]) == story
+
+
+def test_parse_gives_the_story_back():
+    for story in TOLD[:200]:
+        again = parse(story.text)
+        assert again == story and again.roles == story.roles
+
+
+def test_facts_are_what_was_told_before():
+    seen = set()
+    for story in TOLD:
+        for start, end, kind in story.facts:
+            seen.add(kind)
+            word = story.text[start:end]
+            assert stories.SAID[kind].fullmatch(word)
+            # sums and plurals are fixed by what was said, but were not said like this
+            if kind in ("name", "pet", "place", "colour", "object", "home", "landmark", "job"):
+                assert word in story.text[:start]
+    assert seen >= {"name", "pet", "place", "colour", "object", "home", "landmark", "number"}
+    assert seen >= {"kin", "job", "animal", "food"}
+
+
+def test_facts_must_be_remembered_for_long():
+    """Many recalls lie 30 words and more behind the last mention of the same thing."""
+    far = Counter()
+    for story in TOLD[:500]:
+        for start, end, _ in story.facts:
+            before = story.text[:start].rpartition(story.text[start:end])
+            far[len(before[2].split()) >= 30 or not before[1]] += 1
+    assert far[True] / 500 >= 4
+
+
+def test_no_fact_can_be_changed():
+    """A recalled fact replaced by another of its kind: refused, and mostly for that reason."""
+    rng, kinds, blamed = random.Random(0), Counter(), Counter()
+    members = {kind: pattern.pattern.split("|") for kind, pattern in stories.SAID.items()}
+    for story in TOLD[:45]:
+        for start, end, kind in story.facts:
+            word = story.text[start:end]
+            others = [m for m in members[kind] if m != word and m[0].isupper() == word[0].isupper()]
+            other = others[int(rng.random() * len(others))]
+            with pytest.raises(NotAStory) as error:
+                parse(story.text[:start] + other + story.text[end:])
+            kinds[kind] += 1
+            blamed[kind] += (error.value.position, error.value.kind) == (start, kind)
+    for kind in kinds:
+        assert kinds[kind] >= 10
+        assert blamed[kind] / kinds[kind] > 0.9, kind
+
+
+def test_a_person_cannot_become_another_of_the_story():
+    for story in TOLD[:30]:
+        hero, friend = story.roles["hero"], story.roles["friend"]
+        for start, end, kind in story.facts:
+            if kind == "name":
+                other = friend if story.text[start:end] == hero else hero
+                with pytest.raises(NotAStory):
+                    parse(story.text[:start] + other + story.text[end:])
+
+
+def test_an_unfinished_story_ends_too_early():
+    for story in TOLD[:30]:
+        for cut in range(0, len(story.text), 41):
+            with pytest.raises(NotAStory) as error:
+                parse(story.text[:cut])
+            assert (error.value.position, error.value.kind) == (cut, "end")
+
+
+def test_nothing_may_follow_a_story():
+    for story in TOLD[:5]:
+        for more in (" ", "\n", "a", "\ud800", " " + TOLD[0].text, "\0" * 10**6):
+            with pytest.raises(NotAStory) as error:
+                parse(story.text + more)
+            assert (error.value.position, error.value.kind) == (len(story.text), "wording")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a" * 10**6, "\ud800", "One" * 10**5, "\0", '"', "é"])
+def test_no_text_hurts_the_parser(text):
+    with pytest.raises(NotAStory) as error:
+        parse(text)
+    assert 0 <= error.value.position <= len(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(), st.integers(0, N - 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2))
+def test_mutated_stories_are_refused_or_are_stories(noise, seed, a, b, how):
+    text = TOLD[seed].text
+    i, j = sorted((int(a * len(text)), int(b * len(text))))
+    changed = (text[:i] + noise + text[j:], text[i:j] + noise, text[:j] + text[i:])[how]
+    try:
+        assert parse(changed).text == changed
+    except NotAStory as error:
+        assert 0 <= error.position <= len(changed)
+
+
+# Probability
+
+
+def test_nats_is_minus_log_of_the_product_of_the_chances():
+    """Recomputed from the templates alone, choice by choice."""
+    for story in TOLD[:100]:
+        choices, log = list(story.choices), 0.0
+        roles, todo = {}, [stories.STORY]
+        while todo:
+            node = todo.pop()
+            if type(node) is tuple:
+                todo.extend(reversed(node))
+            elif type(node) is stories.Bind:
+                roles[node.role] = node.member
+            elif type(node) is stories.Pick:
+                i = choices.pop(0)
+                log += math.log(node.chances[i])
+                todo.append(node.options[i])
+            elif type(node) is stories.Draw:
+                if node.part:
+                    options = node.options[2 : roles[node.part].index - 1]
+                else:
+                    options = [o for o in node.options if o.member not in roles.values()]
+                log -= math.log(len(options))
+                todo.append(options[choices.pop(0)])
+        assert not choices
+        assert math.isclose(-log, story.nats, rel_tol=1e-12)
+
+
+SMALL = compile_plot(
+    [
+        ["{hero:lights} [3*and|or] {a friend:lights}", "{k:few} of {n:few}: {k+n}", "2*"],
+        ["{n:numbers} {m:part n} {n-m.Cap}"],
+        [""],
+        ["[x|[2*y|z]]", "{At place:shelters}"],
+    ]
+)
+
+
+def test_probabilities_of_a_small_world_sum_to_one():
+    found = [stories.told(*end) for end in walk(SMALL, Everything())]
+    assert math.isclose(sum(math.exp(-s.nats) for s in found), 1, rel_tol=1e-9)
+    assert len(found) == len({s.choices for s in found}) > 3000
+    assert len({s.text for s in found}) == len(found)
+    # and they are the frequencies with which it is told
+    teller = stories.Teller(random.Random(0))
+    first = Counter(stories.told(*next(walk(SMALL, teller))).choices[0] for _ in range(4000))
+    assert all(abs(first[i] / 4000 - chance) < 0.03 for i, chance in enumerate((0.25, 0.25, 0.5)))
+
+
+def test_the_mean_of_nats_is_the_entropy():
+    """Of a small world exactly; of all stories 72.3 nats, to 0.1% at 2,000 of them."""
+    found = [stories.told(*end).nats for end in walk(SMALL, Everything())]
+    entropy = sum(math.exp(-nats) * nats for nats in found)
+    teller = stories.Teller(random.Random(1))
+    sample = [stories.told(*next(walk(SMALL, teller))).nats for _ in range(4000)]
+    assert abs(sum(sample) / 4000 - entropy) < 0.1
+    assert abs(sum(story.nats for story in TOLD) / N - 72.3) < 0.3
+
+
+def test_number_of_stories():
+    """At least: a draw has its list less 6, the most of one list that a story takes; a part has
+    one option. No two walks say the same, so counting walks counts stories."""
+
+    def count(node):
+        if type(node) is tuple:
+            return math.prod(map(count, node))
+        if type(node) is stories.Pick:
+            return sum(map(count, node.options))
+        if type(node) is stories.Draw:
+            return 1 if node.part else max(1, len(node.options) - 6)
+        return 1
+
+    assert count(stories.STORY) > 10**32
+    assert len({story.text for story in TOLD}) == N
+
+
+def test_choices_never_run_dry():
+    """Every draw has a member left, whatever the other roles of its plot have taken."""
+    for plot in stories.STORY.options:
+        members = defaultdict(set)  # role -> all it may become
+        for draw in draws_in(plot):
+            for bind in draw.options:
+                members[bind.role].add(bind.member)
+        for draw in draws_in(plot):
+            row = {bind.member for bind in draw.options}
+            rivals = sum(bool(row & taken) for taken in members.values()) - 1
+            assert draw.part or rivals < len(row)
+    assert min(n.index for n in stories.MEMBERS["numbers"]) >= 4  # so that a part is left to take
+
+
+def draws_in(node):
+    if type(node) is stories.Draw:
+        yield node
+    for part in node if type(node) is tuple else getattr(node, "options", ()):
+        if type(node) is not stories.Draw:
+            yield from draws_in(part)
+
+
+@pytest.mark.parametrize(
+    "template", ["[a", "a]", "[a|b", "{x:nowhere}", "<nothing>", "{x:nowhere.s}"]
+)
+def test_a_template_that_is_not_well_formed_is_refused(template):
+    with pytest.raises((ValueError, KeyError)):
+        compile_template(template)
+
+
+# Instructions
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """2,000 tasks of each kind but the slow one, from both sides."""
+    found = defaultdict(list)
+    for task in itertools.islice(stories.instructions(0), 14_000):
+        found[task.kind].append(task)
+    return found
+
+
+def test_right_answers_are_right_and_others_wrong(tasks):
+    assert set(tasks) == {"write", "who", "where", "how_many", "what_next", "order"}
+    for kind, row in tasks.items():
+        row = row[: 60 if kind == "write" else 2000]
+        accepted = 0
+        for task, other in zip(row, row[1:], strict=False):
+            assert stories.is_right(task, task.answer), task
+            if other.answer != task.answer and other.facts.get("right") != task.facts.get("right"):
+                accepted += stories.is_right(task, other.answer)
+        assert accepted == 0, kind
+        for elsewhere in tasks:
+            wrong = sum(
+                stories.is_right(task, other.answer)
+                for task, other in zip(row, tasks[elsewhere][:200], strict=False)
+            )
+            assert elsewhere == kind or wrong == 0
+
+
+def test_no_constant_answers_more_than_a_tenth(tasks):
+    for kind, row in tasks.items():
+        if kind in ("write", "order"):
+            assert len({task.answer for task in row}) > 0.99 * len(row)
+            continue
+        row = row[:2000]
+        assert len(row) == 2000
+        for answer in {task.answer for task in row}:
+            task = next(t for t in row if t.answer == answer)
+            assert sum(t.facts["right"] == task.facts["right"] for t in row) <= 0.1 * len(row)
+
+
+def test_no_place_in_the_passage_is_always_right(tasks):
+    """The answer is the first, second, third ... of its kind in the passage about equally often."""
+    for kind in ("who", "where", "what_next", "how_many"):
+        places = Counter()
+        for task in tasks[kind]:
+            passage = task.instruction.rpartition(". ")[0]
+            named = stories.SAID[task.facts["kind"]].findall(passage)
+            named = list(dict.fromkeys(name.lower() for name in named))
+            right = task.facts["right"]
+            places[named.index(right) if right in named else -1] += 1
+        assert max(places.values()) <= 0.5 * len(tasks[kind]), (kind, places)
+
+
+def test_tasks_are_short(tasks):
+    for row in tasks.values():
+        for task in row:
+            assert len(f"{task.instruction} {task.answer}".split()) <= 220
+
+
+def test_held_out_tasks_share_no_pair_with_the_others(tasks):
+    held_out = list(itertools.islice(stories.instructions(1, held_out=True), 600))
+    pairs = {(task.facts["hero"], task.facts["thing"]) for task in held_out}
+    others = {(t.facts["hero"], t.facts["thing"]) for row in tasks.values() for t in row}
+    assert not pairs & others
+    assert {task.kind for task in held_out} == set(tasks)
+    assert 0.05 < len(pairs) / (len(pairs) + len(others)) < 0.2
+    for task in held_out[:200]:
+        assert task.facts["hero"] in task.instruction and stories.is_right(task, task.answer)
+
+
+def test_instructions_are_the_same_every_time():
+    def first(**how):
+        return list(itertools.islice(stories.instructions(5, **how), 50))
+
+    assert first() == first()
+    assert first() != first(held_out=True)
+
+
+def test_a_judge_takes_any_words_for_a_right_answer():
+    who = Task("who", "", "Mia.", {"right": "mia", "kind": "name"})
+    for answer in ("Mia", "It was Mia.", "mia found it in the orchard", "  MIA!\n"):
+        assert stories.is_right(who, answer)
+    for answer in (
+        "",
+        "Tom",
+        "Mia or Ben",
+        "Not Mia",
+        "It wasn't Mia.",
+        "Mia's",
+        "Miasma",
+        "a " * 99,
+    ):
+        assert not stories.is_right(who, answer)
+    for answer in ("Ada Ben Mia", "Mia " * 30, "\ud800", "Mia" * 10**5):
+        assert not stories.is_right(who, answer)
+    many = Task("how_many", "", "Seven.", {"right": "seven", "kind": "number"})
+    assert all(stories.is_right(many, a) for a in ("7", "Seven", "There were 7 plums.", "seven."))
+    wrong = ("17", "seventeen", "7 or 8", "99 and seven", "six", "7.5", "", "-7", "0.7")
+    assert [a for a in wrong if stories.is_right(many, a)] == []
+
+
+def test_a_story_is_judged_by_its_hero_and_its_thing():
+    story = tell(0)
+    facts = {role: story.roles[role] for role in ("hero", "colour", "thing")}
+    assert stories.is_right(Task("write", "", "", facts), f"\n{story.text} ")
+    for role in facts:
+        wrong = {**facts, role: story.roles["friend"]}
+        assert not stories.is_right(Task("write", "", "", wrong), story.text)
+    assert not stories.is_right(Task("write", "", "", facts), story.text[:-1])
+
+
+def test_sentences_are_judged_by_their_order(tasks):
+    for task in tasks["order"][:300]:
+        lines = task.instruction.split("\n")[1:]
+        right = [
+            order
+            for order in itertools.permutations(lines)
+            if stories.is_right(task, " ".join(order))
+        ]
+        assert len(right) == 1
+        assert stories.is_right(task, "\n".join(right[0]))
