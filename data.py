@@ -30,6 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
+from stories import parse, tell
+
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
 TEMPLATE = "User: {instruction}\n\nAssistant: "  # DeepSeek-V2's chat; the answer and eos follow
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
@@ -50,8 +52,11 @@ class DataError(ValueError):
 # ----------------------------------------------------------------------------------------------
 
 
-def find_corpus(source: str) -> list[Path]:
-    """The files behind a --data value: a .txt, a .jsonl, a folder of .txt, or a hub corpus."""
+def find_corpus(source: str, cache: Path) -> list[Path]:
+    """The files behind a --data value: a .txt, a .jsonl, a folder of .txt, a hub corpus, or the
+    built-in stories, which are written down in the cache first."""
+    if source.partition(":")[0] == "stories":
+        return [write_stories(source, cache)]
     if source in HUB:
         return [download(*HUB[source])]
     path = Path(source)
@@ -61,11 +66,36 @@ def find_corpus(source: str) -> list[Path]:
         return files
     if not path.is_file():
         raise DataError(
-            f"data {source!r} is neither a file, nor a folder, nor one of {', '.join(HUB)}"
+            f"data {source!r} is neither a file, nor a folder, nor one of stories, {', '.join(HUB)}"
         )
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"data {source!r} must end in .txt or .jsonl, or be a folder of .txt")
     return [path]
+
+
+def write_stories(source: str, cache: Path) -> Path:
+    """A .txt of `stories` (50,000 of them) or `stories:N`: those of the seeds 0, 1, 2, ..."""
+    number = source.partition(":")[2] or "50000"
+    if not number.isdecimal() or not 100 <= int(number) <= 100_000_000:
+        raise DataError(
+            f"data {source!r} must be stories, or stories:N with N from 100 to 100000000"
+        )
+    # The hash is that of the first hundred: another storyteller writes another file.
+    sample = SEPARATOR.join(tell(seed).text for seed in range(100))
+    mark = hashlib.blake2b(sample.encode()).hexdigest()[:12]
+    path = cache / f"stories-{number}-{mark}.txt"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=cache)
+        try:
+            with open(handle, "w", encoding="ascii", newline="\n") as file:
+                seeds = range(int(number))
+                for seed in tqdm(seeds, desc="telling", unit="story", leave=False, disable=None):
+                    file.write((SEPARATOR if seed else "") + tell(seed).text)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    return path
 
 
 def download(repo: str, name: str) -> Path:
@@ -309,8 +339,8 @@ def cache_folder(fallback: Path) -> Path:
 
 def prepare(source: str, vocab_size: int, cache: Path) -> Dataset:
     """Tokenise a corpus, or find it prepared. Raises DataError, one sentence, if it is unusable."""
-    files = find_corpus(source)
-    name = Path(source).stem or "data"
+    files = find_corpus(source, cache)
+    name = Path(source.replace(":", "-")).stem or "data"
     size = sum(f.stat().st_size for f in files)
     with tqdm(
         total=size, unit="B", unit_scale=True, desc="reading", leave=False, disable=None
@@ -473,42 +503,72 @@ class Windows:
     rows: list[tuple[Tensor, Tensor]]  # inputs and targets [b, t], padded with IGNORE
     tokens: int  # targets that count, eos included
     bytes: int  # bytes of text that these targets stand for
+    floor: float | None = None  # of stories: nats per token that no model can go below
+    facts: list[Tensor] | None = None  # of stories: [b, t] bool, targets that are recalled facts
 
 
 def windows(
-    tokens: Tokens, sizes: np.ndarray, seq_len: int, batch_size: int, limit: int | None = None
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    limit: int | None = None,
+    stories: bool = False,
 ) -> Windows:
-    """Each document from its start, in rows of seq_len, until `limit` tokens; sizes: token_bytes.
+    """Each document from its start, in rows of seq_len, until `limit` tokens are reached.
 
-    Rows of like length share a batch, so that little is padding.
+    Rows of like length share a batch, so that little is padding. stories: the documents are
+    whole stories of stories.py, whose exact probability and recalled facts are looked up.
     """
-    rows, count, n_bytes = [], 0, 0
+    sizes, rows, count, n_bytes, nats = token_bytes(tokenizer), [], 0, 0, 0.0
     for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
-        for at in range(start, end - 1, seq_len):
-            if limit is not None and count >= limit:
-                break
-            ids = tokens.ids[at : min(at + seq_len + 1, end)].astype(np.int64)
-            rows.append(ids)
+        if limit is not None and count >= limit:
+            break
+        document = tokens.ids[start:end].astype(np.int64)
+        facts = np.zeros(len(document), bool)
+        if stories:
+            story_nats, facts = read_story(document, tokenizer)
+            nats += story_nats
+        for at in range(0, len(document) - 1, seq_len):
+            if limit is not None and count >= limit and not stories:
+                break  # a long document need not be read to its end
+            ids = document[at : at + seq_len + 1]
+            rows.append((ids, facts[at : at + seq_len + 1]))
             count += len(ids) - 1
             n_bytes += int(sizes[ids[1:]].sum())
-    rows.sort(key=len, reverse=True)
-    batches = []
+    rows.sort(key=lambda row: len(row[0]), reverse=True)
+    batches, marks = [], []
     for i in range(0, len(rows), batch_size):
         group = rows[i : i + batch_size]
-        inputs = torch.zeros(len(group), len(group[0]) - 1, dtype=torch.long)
+        inputs = torch.zeros(len(group), len(group[0][0]) - 1, dtype=torch.long)
         targets = torch.full_like(inputs, IGNORE)
-        for j, ids in enumerate(group):
+        recalled = torch.zeros_like(inputs, dtype=torch.bool)
+        for j, (ids, facts) in enumerate(group):
             inputs[j, : len(ids) - 1] = torch.from_numpy(ids[:-1])
             targets[j, : len(ids) - 1] = torch.from_numpy(ids[1:])
+            recalled[j, : len(ids) - 1] = torch.from_numpy(facts[1:])
         batches.append((inputs, targets))
-    return Windows(batches, count, n_bytes)
+        marks.append(recalled)
+    if not stories:
+        return Windows(batches, count, n_bytes)
+    return Windows(batches, count, n_bytes, nats / max(1, count), marks)
+
+
+def read_story(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[float, np.ndarray]:
+    """Of one document [n], bos + story + eos: -log of its probability in nats, and which of its
+    tokens [n] bool belong to facts that the story has fixed before."""
+    story = parse(tokenizer.decode(ids.tolist()))
+    facts = np.zeros(len(ids), bool)
+    for i, (start, end) in enumerate(tokenizer.encode(story.text).offsets, start=1):
+        facts[i] = any(start < b and a < end for a, b, _ in story.facts)
+    return story.nats, facts
 
 
 def tokenize_file(path: str, tokenizer: Tokenizer) -> Tokens:
     """The documents of a text file as tokens in memory, to be scored."""
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     ids, starts, number = [], [], None
-    for document, text in read_documents(find_corpus(path)):
+    for document, text in read_documents(find_corpus(path, Path())):
         if document != number:
             ids += [eos] if number is not None else []
             starts.append(len(ids))

@@ -1,9 +1,9 @@
 """
 Pretrain a DeepSeek-V2 of any size.
 
-    python train.py --data my.txt                          # tiny, five minutes on a laptop
-    python train.py --size small --data tinystories        # 30M, an hour on a small GPU
-    python train.py --data my.txt --resume                 # go on where it stopped
+    python train.py                                        # tiny, built-in stories, five minutes
+    python train.py --data my.txt --out out/mine           # your own text
+    python train.py --resume --out out/mine                # go on where it stopped
 
 What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the
 log and its picture, the schedule, evaluation.
@@ -31,6 +31,7 @@ import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
@@ -358,6 +359,8 @@ def draw_curves(log: Path, target: Path) -> None:
         ms=4,
         label="held out",
     )
+    if header.get("floor"):
+        top.axhline(header["floor"], color="tab:red", ls="--", lw=1, label="entropy of the stories")
     top.set_ylabel("cross-entropy (nats per token)")
     top.set_ylim(bottom=0, top=max(losses[: max(3, len(losses) // 20)].max(), losses[-1]) * 1.03)
     top.legend(frameon=False)
@@ -425,14 +428,27 @@ def evaluating(model: DeepSeek) -> Iterator[None]:
         model.train(mode)
 
 
-def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> tuple[float, float]:
-    """(nats per token, bits per byte) on held-out windows: cross-entropy alone."""
-    nats = 0.0
+def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, float]:
+    """val_loss (nats per token, cross-entropy alone) and val_bpb (bits per byte) on held-out
+    windows; of stories also val_recall, the share of recalled facts that the model gets right."""
+    nats, right, facts = 0.0, 0, 0
     with evaluating(model), autocast(device, dtype):
-        for inputs, targets in held_out.rows:
-            loss = model(inputs.to(device), targets.to(device)).loss
-            nats += loss.item() * int((targets != data.IGNORE).sum())
-    return nats / held_out.tokens, nats / math.log(2) / max(1, held_out.bytes)
+        for i, (inputs, targets) in enumerate(held_out.rows):
+            inputs, targets = inputs.to(device), targets.to(device)
+            if held_out.facts is None:
+                loss = model(inputs, targets).loss
+                nats += loss.item() * int((targets != data.IGNORE).sum())
+                continue
+            logits = model(inputs).logits.float()  # B T V
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            recalled = held_out.facts[i].to(device)
+            right += int((logits.argmax(-1) == targets)[recalled].sum())
+            facts += int(recalled.sum())
+    result = {
+        "val_loss": rounded(nats / held_out.tokens),
+        "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
+    }
+    return result | ({"val_recall": rounded(right / facts, 4)} if facts else {})
 
 
 def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: int = 60) -> str:
@@ -500,11 +516,14 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
 class Trainer:
     """One run: a model, its optimizer, where it stands, and how it goes on.
 
-    text: the digest of what it is trained on. state: the checkpoint to go on from, or None. The
-    run leaves ckpt.pt, log.jsonl and curves.png in args.out.
+    text: the digest of what it is trained on. state: the checkpoint to go on from, or None.
+    notes: what else the header of the log holds. The run leaves ckpt.pt, log.jsonl and curves.png
+    in args.out.
     """
 
-    def __init__(self, args, model: DeepSeek, tokenizer, text: str, device, dtype, state):
+    def __init__(
+        self, args, model: DeepSeek, tokenizer, text: str, device, dtype, state=None, notes=None
+    ):
         self.args, self.tokenizer, self.text = args, tokenizer, text
         self.device, self.dtype = device, dtype
         self.model, self.out = model.to(device).train(), Path(args.out)
@@ -534,6 +553,7 @@ class Trainer:
             "config": asdict(model.config),
             "versions": self.versions,
             "parameters": model.num_parameters(),
+            **(notes or {}),
         }
         self.log = Log(self.out, header, self.step if state else None)
         self.forward = torch.compile(model) if args.compile else model
@@ -674,7 +694,8 @@ def print_unless_quiet(args: argparse.Namespace, text: str) -> None:
 def _describe(record: dict[str, Any]) -> str:
     loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
     bpb = f", {record['val_bpb']:.4f} bits/byte" if "val_bpb" in record else ""
-    return f"{loss}held out {record['val_loss']:.4f} nats/token{bpb}"
+    recall = f", {record['val_recall']:.1%} of facts recalled" if "val_recall" in record else ""
+    return f"{loss}held out {record['val_loss']:.4f} nats/token{bpb}{recall}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -686,7 +707,8 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--size", choices=list(PRESETS), default="tiny", help="of the model (default: tiny)")
-    add("--data", help=".txt, .jsonl, a folder of .txt, or tinystories (must be given)")
+    sources = ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories (default: stories)"
+    add("--data", default="stories", help=sources)
     add_common_flags(parser)
     add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
     add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)")
@@ -749,10 +771,6 @@ def main() -> None:
     # 1. What is asked for, and does it go on from something?
     parser = make_parser()
     args, typed = parser.parse_args(), parser.explicit()
-    if not args.data and not args.resume:
-        raise UsageError(
-            "--data is missing: give a .txt, a .jsonl, a folder of .txt or tinystories"
-        )
     if args.steps and args.minutes:
         raise UsageError("--steps and --minutes exclude each other: give one")
     overrides = config_overrides(args)
@@ -775,8 +793,10 @@ def main() -> None:
         raise UsageError("this version of tokenizers cuts the text otherwise: start another run")
     batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
     piece = args.batch_size // args.grad_accum
-    sizes = data.token_bytes(tokenizer)
-    held_out = data.windows(corpus.val, sizes, args.seq_len, max(8, piece), args.eval_tokens)
+    stories = args.data.partition(":")[0] == "stories"
+    held_out = data.windows(
+        corpus.val, tokenizer, args.seq_len, max(8, piece), args.eval_tokens, stories
+    )
     if not held_out.tokens:
         raise DataError(f"{args.data} is too short to hold anything out: give more text")
 
@@ -786,7 +806,8 @@ def main() -> None:
         estimate_memory(config, piece, args.seq_len, args.checkpoint_activations), device
     )
     model = build_model(state) if state else DeepSeek(config)
-    trainer = Trainer(args, model, tokenizer, corpus.digest, device, dtype, state)
+    notes = {"floor": held_out.floor} if stories else {}
+    trainer = Trainer(args, model, tokenizer, corpus.digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed
 
     # 4. What it will do
@@ -801,18 +822,21 @@ def main() -> None:
         + (f" in {args.grad_accum} pieces" if args.grad_accum > 1 else ""),
         f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
         f"writes   ckpt.pt, log.jsonl, curves.png in {args.out}; tokens in {corpus.folder}",
+        *(
+            [f"floor    {held_out.floor:.4f} nats/token, the entropy of the stories"]
+            if stories
+            else []
+        ),
         *([f"resumes  after step {trainer.step}"] if trainer.step else []),
     ):
         print_unless_quiet(args, line)
 
     # 5. Train
-    def held_out_loss() -> dict[str, float]:
-        loss, bpb = evaluate(model, held_out, device, dtype)
-        return {"val_loss": rounded(loss), "val_bpb": rounded(bpb)}
-
     began = time.perf_counter()
     record = trainer.fit(
-        batches.at, held_out_loss, lambda: " ".join(write_sample(model, tokenizer, device).split())
+        batches.at,
+        lambda: evaluate(model, held_out, device, dtype),
+        lambda: " ".join(write_sample(model, tokenizer, device).split()),
     )
 
     # 6. What came out

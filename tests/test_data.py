@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import data
 from data import BOS, EOS, SEPARATOR, Batches, DataError, Tokens
+from stories import tell
 
 
 def stories(n=300):
@@ -218,11 +219,13 @@ def test_jsonl_and_folders_are_read(tmp_path):
     lines = [json.dumps({"text": t, "other": 1}) for t in stories(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
     assert [
-        t for _, t in data.read_documents(data.find_corpus(str(tmp_path / "a.jsonl")))
+        t for _, t in data.read_documents(data.find_corpus(str(tmp_path / "a.jsonl"), tmp_path))
     ] == stories(5)
     for i, text in enumerate(stories(3)):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    assert [t for _, t in data.read_documents(data.find_corpus(str(tmp_path)))] == stories(3)
+    assert [
+        t for _, t in data.read_documents(data.find_corpus(str(tmp_path), tmp_path))
+    ] == stories(3)
 
 
 @pytest.mark.parametrize(
@@ -302,19 +305,40 @@ def test_rows_begin_with_documents_and_an_epoch_visits_each_once():
     assert orders[0] != orders[1]
 
 
-def test_windows_cover_every_token_once():
+def test_windows_cover_every_token_once(tokenizer):
     lengths = [7, 25, 3, 11, 10]
-    tokens, sizes = some_tokens(lengths), np.ones(500, np.int64)
-    got = data.windows(tokens, sizes, seq_len=10, batch_size=3)
+    tokens = some_tokens(lengths)
+    got = data.windows(tokens, tokenizer, seq_len=10, batch_size=3)
     targets = sorted(t for _, y in got.rows for t in y.flatten().tolist() if t != data.IGNORE)
     expected = [100 * i + j for i, n in enumerate(lengths) for j in range(1, n)]
     assert targets == expected
-    assert got.tokens == got.bytes == len(expected)
+    assert got.tokens == len(expected) and got.floor is None
+    assert got.bytes == data.token_bytes(tokenizer)[expected].sum()
     for x, y in got.rows:
         counted = y != data.IGNORE
         assert (x[counted] + 1 == y[counted]).all()  # the target follows its input
         assert ((x[:, 0] % 100) % 10 == 0).all()  # from the start, or a multiple of seq_len
-    assert data.windows(tokens, sizes, 10, 3, limit=12).tokens == 16  # whole rows, then no more
+    limited = data.windows(tokens, tokenizer, 10, 3, limit=12)
+    assert limited.tokens == 16  # whole rows, then no more
+
+
+def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
+    ready = data.prepare("stories:150", 1024, tmp_path)
+    told = [tell(seed) for seed in range(150)]
+    by_text = {story.text: story for story in told}
+    train, val = (texts(part, ready.tokenizer) for part in (ready.train, ready.val))
+    assert sorted(train + val) == sorted(by_text)
+    got = data.windows(ready.val, ready.tokenizer, 256, 4, stories=True)
+    stories = [by_text[text] for text in val]
+    assert got.floor == pytest.approx(sum(s.nats for s in stories) / got.tokens)
+    assert got.tokens == len(ready.val.ids) - len(val)
+    found = []
+    for (_, targets), marks in zip(got.rows, got.facts, strict=True):
+        assert not (marks & (targets == data.IGNORE)).any()
+        found += targets[marks].tolist()
+    spans = [story.text[a:b] for story in stories for a, b, _ in story.facts]
+    letters = sorted("".join(ready.tokenizer.decode(found).split()))
+    assert letters == sorted("".join("".join(spans).split()))
 
 
 def test_too_little_text_for_one_row_is_said():

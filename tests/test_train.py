@@ -186,7 +186,8 @@ def test_a_run_in_the_way_is_never_written_over(run, corpus, tmp_path):
     "line, message",
     [
         ("train --size huge", "invalid choice: 'huge'"),
-        ("train", "--data is missing"),
+        ("train --data stories:9", "N from 100"),
+        ("train --data stories:x", "N from 100"),
         ("train --data {tmp}/none.txt", "neither a file"),
         ("train --data {tmp}/empty.txt", "is empty"),
         ("train --data {tmp}/binary.txt", "byte 1 is wrong"),
@@ -304,10 +305,10 @@ def test_evaluation_is_the_mean_over_tokens(trained):
         count, n_bytes = count + one.shape[1] - 1, n_bytes + len(text)
     ids = data.np.array(ids)
     tokens = data.Tokens(ids, data.np.array([*data.np.flatnonzero(ids == 0), len(ids)]))
-    held_out = data.windows(tokens, data.token_bytes(tokenizer), 32, batch_size=2)
-    loss, bpb = train.evaluate(model, held_out, torch.device("cpu"), torch.float32)
-    assert loss == pytest.approx(nats / count, rel=1e-5)
-    assert bpb == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    held_out = data.windows(tokens, tokenizer, 32, batch_size=2)
+    result = train.evaluate(model, held_out, torch.device("cpu"), torch.float32)
+    assert result["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert result["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("accum", [1, 2, 4])
