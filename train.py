@@ -364,7 +364,7 @@ def draw_curves(log: Path, target: Path) -> None:
     top.set_ylabel("cross-entropy (nats per token)")
     top.set_ylim(bottom=0, top=max(losses[: max(3, len(losses) // 20)].max(), losses[-1]) * 1.03)
     top.legend(frameon=False)
-    top.set_title(f"{header['args']['size']} on {header['args']['data']}")
+    top.set_title(f"{header['args']['size']} on {Path(header['args']['data']).name}")
     middle.plot(steps, [r["lr"] for r in records], color="tab:green")
     middle.set_ylabel("learning rate")
     middle.set_ylim(bottom=0)

@@ -341,6 +341,29 @@ def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     assert letters == sorted("".join("".join(spans).split()))
 
 
+def test_a_scored_file_is_cut_into_bos_text_eos(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(SEPARATOR.join(["one", "two"]))
+    tokens = data.tokenize_file(str(tmp_path / "a.txt"), tokenizer)
+    one, two = ([0, *tokenizer.encode(x).ids, 1] for x in ("one", "two"))
+    assert tokens.ids.tolist() == one + two
+    assert tokens.starts.tolist() == [0, len(one), len(one + two)]
+
+
+def test_a_large_vocabulary_is_kept_in_uint32(tmp_path, monkeypatch):
+    real = data.train_tokenizer
+
+    def large(*arguments):
+        tokenizer = real(*arguments)
+        tokenizer.add_tokens([f"w{i}" for i in range(70_000)])
+        return tokenizer
+
+    monkeypatch.setattr(data, "train_tokenizer", large)
+    (tmp_path / "a.txt").write_text("w69999 w5 " * 100)
+    ready = data.prepare(str(tmp_path / "a.txt"), 300, tmp_path / "cache")
+    assert ready.train.ids.dtype == np.uint32
+    assert "w69999" in texts(ready.train, ready.tokenizer)[0]
+
+
 def test_too_little_text_for_one_row_is_said():
     with pytest.raises(DataError, match="only 7 tokens, fewer than one row of seq_len = 10"):
         Batches(some_tokens([7]), 1, 10, 0)

@@ -14,6 +14,7 @@ import torch
 
 import data
 import sample
+import stories
 import train
 from deepseek import Config
 
@@ -254,6 +255,44 @@ def trained(corpus, tmp_path_factory):
     return folder / "ckpt.pt"
 
 
+def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):
+    line = (
+        f"train {MODEL} --data stories:120 --steps 4 --eval_every 2 --seq_len 256 --out {tmp_path}"
+    )
+    code, out, _ = run(line)
+    header, *records = log_of(tmp_path)
+    assert code == 0 and f"floor    {header['floor']:.4f} nats/token" in out
+    assert 0.1 < header["floor"] < records[-1]["val_loss"]
+    assert 0 <= records[-1]["val_recall"] < 0.5 and "facts recalled" in out
+    code, out, _ = run(f"sample --ckpt {tmp_path}/ckpt.pt --check 3 --seed 0")
+    assert code == 0 and "0 of 3 stories are valid" in out and "first mistakes: wording 3" in out
+
+
+def test_the_check_counts_valid_stories_and_names_mistakes(capsys):
+    told = [stories.tell(seed) for seed in range(3)]
+    start, end, _ = next(f for f in told[2].facts if f[2] == "name")
+    right = told[2].text[start:end]
+    other = next(name for name in ("Mia", "Ada", "Zoe") if name not in told[2].text)
+    wrong = told[2].text[:start] + other + told[2].text[end:]
+    assert right in told[2].text[:start]
+    tokenizer = data.train_tokenizer([s.text for s in told], 600)
+    rows = [[*tokenizer.encode(t).ids, 1] for t in (told[0].text, told[1].text, wrong)]
+    longest = max(map(len, rows))
+    rows = torch.tensor([row + [1] * (longest - len(row)) for row in rows])
+
+    class Told:  # a model that writes these three texts
+        config = Config.preset("tiny")
+
+        def generate(self, prompts, limit, **_):
+            yield from rows.T
+
+    args = sample.make_parser().parse_args(["--check", "3", "--temperature", "1"])
+    sample.check(Told(), tokenizer, args, [0], torch.Generator())
+    out = capsys.readouterr().out
+    assert "2 of 3 stories are valid (66.7%)" in out
+    assert "first mistakes: name 1" in out and f"after {start / len(wrong):.0%}" in out
+
+
 def test_an_interrupted_save_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(trained.read_bytes())
@@ -278,6 +317,7 @@ def test_the_schedules():
     assert step[60] == step[89] == pytest.approx(0.316)
     assert step[90] == step[99] == pytest.approx(0.316**2)
     cosine = rates("cosine")
+    assert train.learning_rate(150, 100, 1.0, 10, "cosine") == pytest.approx(0.1)
     assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=0.01)
     assert rates("constant")[10:] == [1.0] * 90
 
@@ -344,6 +384,61 @@ def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
     assert record["lr"] == 0.01 / 4
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, atol=2e-5), (p - q).abs().max()
+
+
+def small_trainer(folder, trained, state=None, **flags):
+    args = train.make_parser().parse_args(["--out", str(folder), "--log_level", "quiet"])
+    vars(args).update({"steps": 3, "lr": 0.01, "warmup": 2, "grad_accum": 1, **flags})
+    stored = train.load_checkpoint(trained, mmap=False)
+    model = train.build_model(state or stored)
+    tokenizer = data.load_tokenizer(stored["tokenizer"])
+    return train.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32, state)
+
+
+def test_loss_scaling_is_undone_before_clipping(trained, tmp_path):
+    ids, targets = torch.randint(0, 320, (2, 4, 12))
+    results = []
+    for scale in (None, 1024.0):
+        trainer = small_trainer(tmp_path, trained, clip=0.1)
+        if scale:
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        record, _ = trainer.train_step(ids, targets)
+        results.append((record["grad_norm"], trainer.model.lm_head.weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def test_fit_takes_each_step_once_in_training_mode_and_goes_on(trained, tmp_path):
+    trainer, steps, modes = small_trainer(tmp_path, trained, eval_every=1), [], []
+    losses = iter([9.0, 3.0, 1.0, 2.0])
+
+    def batch_at(step):
+        steps.append(step)
+        modes.append(trainer.model.training)
+        return torch.randint(0, 320, (2, 4, 12))
+
+    def evaluate():
+        with train.evaluating(trainer.model):
+            assert not trainer.model.training and not torch.is_grad_enabled()
+        return {"val_loss": next(losses)}
+
+    trainer.fit(batch_at, evaluate, lambda: "")
+    assert steps == [0, 1, 2] and all(modes) and trainer.best == 1.0
+    state = train.load_checkpoint(tmp_path / "ckpt.pt", mmap=False)
+    again = small_trainer(tmp_path, trained, state, steps=5)
+    assert again.best == 1.0 and again.step == 3
+    steps.clear()
+    again.fit(batch_at, lambda: {"val_loss": 4.0}, lambda: "")
+    assert steps == [3, 4]
+
+
+def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
+    log = train.Log(tmp_path, {"args": {}})
+    for step in range(1, 6):
+        log.write({"step": step})
+    log.flush()
+    train.Log(tmp_path, {"args": {}}, resume_at=3)
+    assert [r.get("step") for r in train.read_log(tmp_path / "log.jsonl")] == [None, 1, 2, 3]
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, corpus, tmp_path):
