@@ -844,13 +844,14 @@ def main() -> None:
         again = f"python train.py --resume --out {args.out}"
         print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
+    if args.log_level == "quiet":
+        return
     minutes = (time.perf_counter() - began) / 60
     story = write_sample(model, tokenizer, device, length=200)
-    print_unless_quiet(
-        args,
+    print(
         f"\n{story}\n\n{trainer.step} steps, {trainer.tokens:,} tokens, {minutes:.1f} minutes:"
         f" {_describe(record)}\nnext: python sample.py --ckpt {Path(args.out) / 'ckpt.pt'}"
-        ' --prompt "Once upon a time"',
+        ' --prompt "Once upon a time"'
     )
 
 
