@@ -198,7 +198,7 @@ class Scan:
 
 def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
     """Hash a corpus and choose what is held out of training: about every 25th document, by the
-    hash of its text, so that equal documents stay on one side; of fewer than 100 documents the
+    hash of its text, so that equal documents stay on one side; of fewer than 20 documents the
     last twentieth of each."""
     whole, lengths, chosen = hashlib.blake2b(), array.array("Q"), []
     number, own, lowest = -1, None, (2**64, 0)
@@ -222,7 +222,7 @@ def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
         own.update(text.encode())
         lengths[-1] += len(text)
     close()
-    if len(lengths) >= 100:
+    if len(lengths) >= 20:
         heldout = {numbers[i]: 0 for i in chosen or [lowest[1]]}
     else:
         heldout = {n: length - length // 20 for n, length in zip(numbers, lengths, strict=True)}
@@ -565,10 +565,12 @@ def read_story(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[float, np.ndarray
 
 
 def tokenize_file(path: str, tokenizer: Tokenizer) -> Tokens:
-    """The documents of a text file as tokens in memory, to be scored."""
+    """The documents of a text file, of whatever name, as tokens in memory, to be scored."""
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     ids, starts, number = [], [], None
-    for document, text in read_documents(find_corpus(path, Path())):
+    if not Path(path).is_file():
+        raise DataError(f"{path} is not a file that could be scored")
+    for document, text in read_documents([Path(path)]):
         if document != number:
             ids += [eos] if number is not None else []
             starts.append(len(ids))

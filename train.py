@@ -5,9 +5,10 @@ Pretrain a DeepSeek-V2 of any size.
     python train.py --data my.txt --out out/mine           # your own text
     python train.py --resume --out out/mine                # go on where it stopped
 
-What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the
-log and its picture, the schedule, evaluation.
 """
+
+# What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the log
+# and its picture, the schedule, evaluation, the loop.
 
 from __future__ import annotations
 
@@ -105,15 +106,17 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     """An argparse type: a finite int or float in [low, high], or in (low, high]."""
 
     def parse(text: str):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            raise ValueError
+        try:
+            value = kind(text)
+            if not (low < value if above else low <= value) or not value <= min(high, 1e30):
+                raise ValueError
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {limits}") from None
         return value
 
-    limits = f"above {low}" if above else f"of at least {low}"
-    parse.__name__ = f"{kind.__name__} {limits}" + (
-        f" and at most {high}" if high < math.inf else ""
-    )
+    limits = "a whole number" if kind is int else "a number"
+    limits += f" above {low}" if above else f" of at least {low}"
+    limits += f" and at most {high}" if high < math.inf else ""
     return parse
 
 
@@ -121,7 +124,11 @@ def add_common_flags(parser: Parser) -> None:
     """The flags that train.py and finetune.py share."""
     add, positive = parser.add_argument, number(int, 1)
     add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
-    add("--minutes", type=number(float, 0, above=True), help="or: what fits (default: recipe's)")
+    add(
+        "--minutes",
+        type=number(float, 0, above=True),
+        help="instead of --steps: time (default: recipe's)",
+    )
     add("--batch_size", type=positive, help="sequences per step (default: the recipe's)")
     add("--seq_len", type=number(int, 2), help="tokens per sequence (default: the model's context)")
     add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: recipe's)")
@@ -266,6 +273,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     Raises UsageError.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"checkpoint {path} is a folder: give the file, {path / 'ckpt.pt'}")
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist: make one with train.py")
     try:
@@ -785,6 +794,7 @@ def main() -> None:
 
     # 2. Text
     torch.manual_seed(args.seed)
+    print_unless_quiet(args, f"reading  {args.data} (told or cut into tokens once, then kept)")
     corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
     tokenizer = corpus.tokenizer
     if state and state["text"] != corpus.digest:

@@ -137,7 +137,8 @@ def test_about_a_twenty_fifth_is_held_out_and_never_nothing():
     pieces = list(enumerate(f"text {i}" for i in range(2000)))
     assert 50 < len(data.scan(pieces).heldout) < 115
     for shift in range(40):
-        assert data.scan((i, f"{shift} {i}") for i in range(100)).heldout
+        heldout = data.scan((i, f"{shift} {i}") for i in range(20)).heldout
+        assert heldout and set(heldout.values()) == {0}  # whole documents
 
 
 def test_documents_are_found_across_chunk_boundaries(corpus, monkeypatch):
