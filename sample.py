@@ -78,20 +78,26 @@ def main() -> None:
         if i:
             print("\n---")
         print(args.prompt, end="", flush=True)
-        stream = model.generate(
-            [prompt],
-            limit if args.max_new_tokens is None else args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            stop=tokenizer.token_to_id(data.EOS),
-            vocab_size=tokenizer.get_vocab_size(),
-            generator=generator,
-        )
+        stream = write(model, tokenizer, args, [prompt], generator)
         words = DecodeStream(skip_special_tokens=True)  # holds half characters back
         for token in stream:
             print(words.step(tokenizer, int(token)) or "", end="", flush=True)
         print()
+
+
+def write(model, tokenizer, args, prompts: list[list[int]], generator: torch.Generator):
+    """`model.generate` as the flags say; without --max_new_tokens until the context is full."""
+    limit = model.config.max_position_embeddings
+    return model.generate(
+        prompts,
+        limit if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=tokenizer.token_to_id(data.EOS),
+        vocab_size=tokenizer.get_vocab_size(),
+        generator=generator,
+    )
 
 
 def score(model, tokenizer, path: str, device: torch.device, seq_len: int) -> None:
@@ -112,16 +118,7 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
     valid, mistakes, places, left = 0, Counter(), [], args.check
     while left:
         rows = min(left, 50)
-        stream = model.generate(
-            [prompt] * rows,
-            model.config.max_position_embeddings,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            stop=tokenizer.token_to_id(data.EOS),
-            vocab_size=tokenizer.get_vocab_size(),
-            generator=generator,
-        )
+        stream = write(model, tokenizer, args, [prompt] * rows, generator)
         for row in torch.stack(list(stream), 1).tolist():  # rows n
             text = args.prompt + tokenizer.decode(row)  # without the special tokens
             try:
