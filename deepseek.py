@@ -661,7 +661,8 @@ class Experts(nn.Module):
 
         Each run starts at a multiple of `block` rows in a buffer of fixed size. So nothing waits
         for the device to count (unlike looped), torch.compile sees one shape, and the products
-        run on aligned rows. Places that are left over hold zeros and are never read.
+        run on aligned rows. Places left over are zero within the runs and undefined behind the
+        last one; neither their outputs nor their gradients are ever read.
         """
         (N, D), K, E = x.shape, index.shape[1], len(gate_up)
         order = index.flatten().argsort(stable=True)  # N*K
