@@ -312,6 +312,8 @@ def test_rmsnorm_casts_before_the_weight():
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     x32 = x.float()
     unit = x32 / (x32.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    with torch.autocast("cpu", torch.bfloat16):  # one cast, for all products that read it
+        assert torch.equal(norm(x32), norm.weight.bfloat16() * unit.bfloat16())
     assert torch.equal(norm.bfloat16()(x), norm.weight * unit.bfloat16())
 
 
