@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,13 @@ from tqdm import tqdm
 from stories import parse, tell
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
-TEMPLATE = "User: {instruction}\n\nAssistant: "  # DeepSeek-V2's chat; the answer and eos follow
+TEMPLATE = "User: {question}\n\nAssistant:"  # DeepSeek-V2's chat; " answer" and eos follow
+CHAT_TEMPLATE = (  # the same for transformers, in Jinja; text of the system stands in front
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}User: {{ m['content'] }}"
+    "\n\n{% elif m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}"
+    "{% else %}{{ m['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
 FORMAT = 1  # of the prepared files; another number means: prepare again
 PIECE = 2**20  # characters of a long document that are handled at a time
@@ -277,6 +283,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def literal(tokenizer: Tokenizer) -> Tokenizer:
     """Make special tokens that occur in a text plain text: only this program places them."""
     tokenizer.encode_special_tokens = True
+    tokenizer.post_processor = None
     return tokenizer
 
 
@@ -289,6 +296,26 @@ def load_tokenizer(text: str) -> Tokenizer:
     if tokenizer.token_to_id(BOS) is None or tokenizer.token_to_id(EOS) is None:
         raise DataError(f"the tokenizer lacks {BOS} or {EOS}")
     return tokenizer
+
+
+def begin(tokenizer: Tokenizer, text: str) -> list[int]:
+    """bos and the ids of a text. Raises DataError for what is not Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("the text is not valid Unicode: it holds half a character") from error
+    return [tokenizer.token_to_id(BOS), *tokenizer.encode(text).ids]
+
+
+def dialogue(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | None]]) -> list[int]:
+    """The ids of (question, answer) pairs in DeepSeek's chat template; the last answer may be
+    None: it is the model's turn. Special tokens typed into a question stay text."""
+    ids = begin(tokenizer, "")
+    for question, answer in turns:
+        ids += begin(tokenizer, TEMPLATE.format(question=question))[1:]
+        if answer is not None:
+            ids += [*begin(tokenizer, f" {answer}")[1:], tokenizer.token_to_id(EOS)]
+    return ids
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -5,6 +5,7 @@ token (MLA) and whose feed-forward layers wake 6 of 160 small experts per token 
     model = DeepSeek(Config.preset("tiny"))
     out = model(input_ids, targets)                      # out.loss, out.aux_loss, out.expert_load
     for token in model.eval().generate(prompt_ids, 100): ...
+    model = DeepSeek.from_pretrained("deepseek-ai/DeepSeek-V2-Lite")
 
 Papers:  [V2]  DeepSeek-V2, arXiv 2405.04434      [MoE] DeepSeekMoE, arXiv 2401.06066
          [RoPE] RoFormer, arXiv 2104.09864        [YaRN] arXiv 2309.00071
@@ -13,6 +14,7 @@ Contents, each part using only what stands above it:
      1 Config        2 RMSNorm      3 RoPE and YaRN      4 MLA and its cache      5 SwiGLU
      6 the router, its balance losses, token dropping    7 the experts            8 the block
      9 sampling     10 the model   11 generation        12 which configurations are refused
+    13 official checkpoints
 
 What changes with respect to a plain transformer is parts 4, 6 and 7; the rest is Llama's, YaRN
 aside. Field names are those of the official config.json, parameter names those of the official
@@ -46,9 +48,12 @@ Symbols. Comments at line ends give shapes in these letters, most significant di
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -880,6 +885,35 @@ class DeepSeek(nn.Module):
                 total = total + chunk_sum(*chunk)
         return total / (targets != -100).sum().clamp(min=1)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> DeepSeek:
+        """The model of a folder in the official format, or of a name on the Hugging Face hub,
+        in eval mode. dtype None keeps that of the files. Raises CheckpointError or ConfigError.
+        """
+        folder = find_checkpoint(source)
+        config = read_config(folder)
+        with torch.device("meta"):  # neither memory nor random numbers for weights to be replaced
+            model = cls(config)
+        read_weights(model, weight_files(folder), dtype, device)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and *.safetensors as official checkpoints have them, for transformers,
+        vLLM and `from_pretrained`. Such files in folder are replaced.
+
+        Raises CheckpointError for a model that the official format cannot express.
+        """
+        config = official_config(self.config, self.lm_head.weight.dtype)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(self, folder, shard_bytes)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active are those that one token uses, without the input embedding,
         which is a look-up. So counted, V2-Lite has 2.45B, the paper's 2.4B; else it had 2.66B."""
@@ -1046,12 +1080,12 @@ def check_config(c: Config) -> None:
     if (yarn := c.rope_scaling) is None:
         return
     require(isinstance(yarn, dict), f"rope_scaling = {yarn!r} must be a dict or null")
-    kind = yarn.get("type", yarn.get("rope_type"))
+    kind = yarn.get("type")
     require(kind == "yarn", f"rope_scaling type {kind!r} is unknown: use yarn or null")
     for key in ("factor", "original_max_position_embeddings"):
         require(key in yarn, f"rope_scaling lacks {key!r}, which YaRN needs")
     for key, value in yarn.items():
-        if key in ("type", "rope_type"):
+        if key == "type":
             continue
         require(key in YARN_V2, f"rope_scaling has an unknown key {key!r}")
         least = 1 if key == "factor" else 0 if key == "mscale_all_dim" else 1e-9
@@ -1059,3 +1093,250 @@ def check_config(c: Config) -> None:
         require(ok, f"rope_scaling {key} = {value!r} must be a number of at least {least}")
     fast, slow = yarn.get("beta_fast", 32), yarn.get("beta_slow", 1)
     require(fast >= slow, f"rope_scaling beta_fast = {fast} must not be below beta_slow = {slow}")
+
+
+# ----------------------------------------------------------------------------------------------
+# 13. Official checkpoints. How do their files become this model, and this model such files?
+#
+#    A folder holds config.json and the weights, in one or many *.safetensors. Fields, names and
+#    shapes are those used here, but for the experts, which are stored one by one:
+#
+#        mlp.experts.7.gate_proj.weight  [I, D]   =   mlp.experts.gate_up_proj[7, :I]
+#        mlp.experts.7.up_proj.weight    [I, D]   =   mlp.experts.gate_up_proj[7, I:]
+#        mlp.experts.7.down_proj.weight  [D, I]   =   mlp.experts.down_proj[7]
+# ----------------------------------------------------------------------------------------------
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message is one sentence."""
+
+
+# What this file builds in. A checkpoint that says otherwise is of another model.
+BUILT_IN = {
+    "model_type": "deepseek_v2",
+    "hidden_act": "silu",
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+# What the official code takes where config.json is silent; it names all other fields.
+OFFICIAL_DEFAULTS = {
+    "q_lora_rank": None,
+    "n_shared_experts": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.001,
+    "device_loss_alpha": 0.0,
+    "comm_loss_alpha": 0.0,
+    "token_drop_capacity": 0.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "initializer_range": 0.02,
+}
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder itself, or that of a hub name, fetched unless the hub's cache has it."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(
+            f"{source} is neither a folder nor a hub name such as deepseek-ai/DeepSeek-V2-Lite"
+        )
+    import huggingface_hub  # comes with tokenizers
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CheckpointError(
+            f"{source} is not a folder here and cannot be fetched from the hub"
+            f" ({type(error).__name__}): check the name and the network"
+        ) from error
+
+
+def read_config(folder: Path) -> Config:
+    """config.json as DeepSeek released it or as transformers 5 writes it, as a Config."""
+    path = folder / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: give a model's folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: it is damaged") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no object of fields and values")
+    for name, value in BUILT_IN.items():
+        if record.get(name, value) != value or "model_type" not in record:
+            raise CheckpointError(
+                f"{path} has {name} = {record.get(name)!r}; this program builds {value!r} only"
+            )
+    if record.get("quantization_config"):
+        raise CheckpointError(f"{path} is of quantised weights: give those in bf16, fp16 or fp32")
+    heads = record.get("num_attention_heads")
+    if record.get("num_key_value_heads") not in (None, heads):
+        raise CheckpointError(
+            f"{path} has num_key_value_heads = {record['num_key_value_heads']}: in MLA they are"
+            f" as many as num_attention_heads = {heads}"
+        )
+    rope = record.get("rope_parameters", record.get("rope_scaling"))
+    if isinstance(rope, dict):  # transformers 5 spells it "rope_type", and puts theta here too
+        record["rope_theta"] = rope.pop("rope_theta", record.get("rope_theta"))
+        kind = rope.pop("rope_type", rope.get("type"))
+        rope = None if kind == "default" else {"type": kind} | rope
+    record["rope_scaling"] = rope
+    record["q_lora_rank"] = record.get("q_lora_rank") or None  # 0 says the same as null
+    given = {k: v for k, v in record.items() if v is not None}
+    if missing := set(Config.describe()) - set(OFFICIAL_DEFAULTS) - set(given):
+        raise CheckpointError(f"{path} lacks {sorted(missing)[0]!r}")
+    return Config(**{k: given.get(k, OFFICIAL_DEFAULTS.get(k)) for k in Config.describe()})
+
+
+def official_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json for a Config. Raises CheckpointError for what it cannot say."""
+    for name, value in (("norm_topk_prob", False), ("moe_layer_freq", 1)):
+        if getattr(config, name) != value:  # transformers and vLLM would silently ignore it
+            raise CheckpointError(
+                f"{name} = {getattr(config, name)!r} cannot be exported: programs that read the"
+                f" official format compute as if it were {value!r}"
+            )
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **BUILT_IN,
+        **asdict(config),
+        "num_key_value_heads": config.num_attention_heads,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def official_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under its official name; stacked experts as a view of each expert's matrix."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.endswith(".mlp.experts") or tensor.dim() != 3 or tensor.numel() == 0:
+        yield name, tensor
+        return
+    for e, matrix in enumerate(tensor):
+        if kind == "gate_up_proj":
+            gate, up = matrix.tensor_split(2)
+            yield f"{stem}.{e}.gate_proj.weight", gate  # I D
+            yield f"{stem}.{e}.up_proj.weight", up  # I D
+        else:
+            yield f"{stem}.{e}.{kind}.weight", matrix  # D I
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The *.safetensors of a checkpoint; where there is an index, those that it names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if files := sorted(folder.glob("*.safetensors")):
+            return files
+        raise CheckpointError(f"{folder} has no *.safetensors: other formats are not read")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: it is damaged") from error
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {index.name} names it")
+    return files
+
+
+def stored_tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Names and still unread tensors of one *.safetensors: .get_shape(), .get_dtype(), [:]."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                yield name, file.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: it is damaged or cut short") from error
+
+
+def read_weights(model: DeepSeek, files: list[Path], dtype, device) -> None:
+    """Fill a model built on the meta device, one tensor after the other.
+
+    First the headers are compared with the model, so that a checkpoint that does not fit ends in
+    a sentence before memory is taken. Then there are at any time the model and a shard.
+    """
+
+    def official() -> dict[str, Tensor]:  # views: writing to them writes to the model
+        return dict(pair for p in model.state_dict().items() for pair in official_tensors(*p))
+
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    wanted, found = official(), {}
+    for path in files:
+        for stored_name, stored in stored_tensors(path):
+            if stored.get_dtype() not in dtypes:
+                raise CheckpointError(
+                    f"{path} holds {stored_name} in {stored.get_dtype()}: only"
+                    f" {', '.join(dtypes)} are read"
+                )
+            shape = torch.empty(stored.get_shape(), device="meta")
+            for name, part in official_tensors(stored_name, shape):
+                if name not in wanted:
+                    raise CheckpointError(
+                        f"{path} holds {name}, which config.json has no place for"
+                    )
+                if name in found:
+                    raise CheckpointError(f"{path} holds {name}, which was there before")
+                if part.shape != wanted[name].shape:
+                    raise CheckpointError(
+                        f"{path} holds {name} of shape {list(part.shape)}, but config.json asks"
+                        f" for {list(wanted[name].shape)}"
+                    )
+                found[name] = dtypes[stored.get_dtype()]
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(
+            f"{missing[0]} is missing in {files[0].parent}"
+            + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    model.to(dtype or found["lm_head.weight"]).to_empty(device=device)
+    places = official()
+    with torch.no_grad():
+        for path in files:
+            for stored_name, stored in stored_tensors(path):
+                for name, part in official_tensors(stored_name, stored[:]):
+                    places[name].copy_(part)
+
+
+def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
+    """One model.safetensors, or an index and shards of at most shard_bytes (if a tensor allows).
+
+    The shards are written one after the other, so that memory is taken for one.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for pair in model.state_dict().items():
+        for name, tensor in official_tensors(*pair):
+            size += tensor.nbytes
+            if size > shard_bytes and shards[-1]:
+                shards.append({})
+                size = tensor.nbytes
+            shards[-1][name] = tensor
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        many = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
+        shard = {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
+        save_file(shard, folder / f"model{many}.safetensors", {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(p.nbytes for p in model.state_dict().values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,21 +1,27 @@
 """
-Let a trained model speak, score a text, or have its stories judged.
+Let a trained model speak, score a text, have its stories judged, or write it out for others.
 
     python sample.py --ckpt out/ckpt.pt --prompt "Once upon a time"
     python sample.py --ckpt out/ckpt.pt --num_samples 5 --temperature 0.7 --top_p 0.9
     python sample.py --ckpt out/ckpt.pt --score my.txt
     python sample.py --ckpt out/ckpt.pt --check 200
+    python sample.py --ckpt out/ckpt.pt --export out/hf
+    python sample.py --ckpt deepseek-ai/DeepSeek-V2-Lite-Chat --chat
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, processors
 from tokenizers.decoders import DecodeStream
 
 import data
+from deepseek import DeepSeek, find_checkpoint
 from stories import NotAStory, parse
 from train import (
     Parser,
@@ -28,12 +34,16 @@ from train import (
     run_script,
 )
 
+DTYPES = ["float32", "bfloat16", "float16"]
+
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py (default: out/ckpt.pt)")
-    add("--prompt", default="", help="text to continue (default: the beginning of a document)")
+    places = "of train.py, or a folder or hub name in the official format (default: out/ckpt.pt)"
+    add("--ckpt", default="out/ckpt.pt", help=places)
+    add("--prompt", help="text to continue (default: the beginning of a document)")
+    add("--chat", action="store_true", help="talk; with --prompt one answer (default: off)")
     add("--num_samples", type=number(int, 1), default=1, help="how many (default: 1)")
     add("--max_new_tokens", type=number(int, 0), help="(default: until the context is full)")
     temperatures = "0 = greedy (default: 0.8; with --check 1)"
@@ -44,45 +54,99 @@ def make_parser() -> Parser:
     add("--score", metavar="FILE", help="print the loss on a text instead (default: off)")
     judged = "judge N sampled stories of a model of the built-in stories (default: off)"
     add("--check", metavar="N", type=number(int, 1), help=judged)
+    add("--export", metavar="FOLDER", help="write it in the official format (default: off)")
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there is)")
+    dtypes = "of the weights (default: auto, as they are stored)"
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
     return parser
+
+
+def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek, Tokenizer]:
+    """A model and its tokenizer: of a checkpoint of train.py (any file, or a name in .pt), or of
+    a folder or hub name in the official format. Raises UsageError or CheckpointError."""
+    kind = None if dtype == "auto" else getattr(torch, dtype)
+    if Path(source).is_file() or source.endswith(".pt") or (Path(source) / "ckpt.pt").exists():
+        state = load_checkpoint(source)
+        return build_model(state).to(device, kind), data.load_tokenizer(state["tokenizer"])
+    folder = find_checkpoint(source)
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} has no tokenizer.json that can be read: add one") from error
+    return DeepSeek.from_pretrained(folder, kind, device), data.load_tokenizer(text)
 
 
 def main() -> None:
     args = make_parser().parse_args()
     device = choose_device(args.device)
-    state = load_checkpoint(args.ckpt)
-    tokenizer = data.load_tokenizer(state["tokenizer"])
-    model = build_model(state).to(device)
-    if args.score:
-        score(model, tokenizer, args.score, device, state["args"]["seq_len"])
+    model, tokenizer = open_model(args.ckpt, device, args.dtype)
+    if args.export:
+        export(model, tokenizer, Path(args.export))
         return
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not valid Unicode: it holds half a character") from error
-    prompt = [tokenizer.token_to_id(data.BOS), *tokenizer.encode(args.prompt).ids]
-    limit = model.config.max_position_embeddings
-    if len(prompt) >= limit:
-        raise UsageError(
-            f"the prompt has {len(prompt)} tokens and the context {limit}: shorten the prompt"
-        )
+    if args.score:
+        score(model, tokenizer, args.score, device)
+        return
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     if args.temperature is None:
         args.temperature = 1.0 if args.check else 0.8
+    if args.chat and args.prompt is None:
+        chat(model, tokenizer, args, generator)
+        return
+    text = args.prompt or ""
+    prompt = data.dialogue(tokenizer, [(text, None)]) if args.chat else data.begin(tokenizer, text)
+    check_length(model, prompt)
     if args.check:
         check(model, tokenizer, args, prompt, generator)
         return
     for i in range(args.num_samples):
         if i:
             print("\n---")
-        print(args.prompt, end="", flush=True)
-        stream = write(model, tokenizer, args, [prompt], generator)
-        words = DecodeStream(skip_special_tokens=True)  # holds half characters back
-        for token in stream:
-            print(words.step(tokenizer, int(token)) or "", end="", flush=True)
-        print()
+        print("" if args.chat else text, end="", flush=True)
+        speak(model, tokenizer, args, prompt, generator)
+
+
+def check_length(model, prompt: list[int]) -> None:
+    """Raise UsageError for a prompt that leaves no room for an answer."""
+    limit = model.config.max_position_embeddings
+    if len(prompt) >= limit:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens and the context {limit}: shorten the prompt"
+        )
+
+
+def speak(model, tokenizer, args, prompt: list[int], generator: torch.Generator) -> str:
+    """Print the continuation of a prompt as it comes; return it."""
+    words, said = DecodeStream(skip_special_tokens=True), []  # holds half characters back
+    for token in write(model, tokenizer, args, [prompt], generator):
+        word = words.step(tokenizer, int(token)) or ""
+        if args.chat and not said:
+            word = word.removeprefix(" ")
+        said.append(word)
+        print(word, end="", flush=True)
+    print()
+    return "".join(said)
+
+
+def chat(model, tokenizer, args, generator: torch.Generator) -> None:
+    """Answer line after line until the input ends; the oldest turns leave a full context."""
+    turns: list[tuple[str, str | None]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            continue
+        turns.append((question, None))
+        while len(turns) > 1 and len(data.dialogue(tokenizer, turns)) > (
+            model.config.max_position_embeddings // 2
+        ):
+            del turns[0]
+        prompt = data.dialogue(tokenizer, turns)
+        check_length(model, prompt)
+        turns[-1] = (question, speak(model, tokenizer, args, prompt, generator))
 
 
 def write(model, tokenizer, args, prompts: list[list[int]], generator: torch.Generator):
@@ -94,15 +158,16 @@ def write(model, tokenizer, args, prompts: list[list[int]], generator: torch.Gen
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        stop=tokenizer.token_to_id(data.EOS),
+        stop=model.config.eos_token_id,
         vocab_size=tokenizer.get_vocab_size(),
         generator=generator,
     )
 
 
-def score(model, tokenizer, path: str, device: torch.device, seq_len: int) -> None:
+def score(model, tokenizer, path: str, device: torch.device) -> None:
     """Print how well the model predicts a text: every byte once, each document from its start."""
     tokens = data.tokenize_file(path, tokenizer)
+    seq_len = min(4096, model.config.max_position_embeddings)
     text = data.windows(tokens, tokenizer, seq_len, batch_size=8)
     result = evaluate(model, text, device, torch.float32)
     loss, bpb = result["val_loss"], result["val_bpb"]
@@ -133,6 +198,43 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
         kinds = ", ".join(f"{kind} {n}" for kind, n in mistakes.most_common())
         middle = sorted(places)[len(places) // 2]
         print(f"first mistakes: {kinds}; in the median after {middle:.0%} of the text")
+
+
+def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write model and tokenizer so that transformers and vLLM load them: config.json, weights,
+    tokenizer.json, tokenizer_config.json, generation_config.json. Raises UsageError where
+    something lies already, CheckpointError for a model that the format cannot express."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not empty: give another folder")
+    model.save_pretrained(folder)
+    bos, eos, config = data.BOS, data.EOS, model.config
+    mine = Tokenizer.from_str(tokenizer.to_str())
+    mine.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, config.bos_token_id)]
+    )
+    mine.save(str(folder / "tokenizer.json"))
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": eos,
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": data.CHAT_TEMPLATE,
+        },
+        "generation_config.json": {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.eos_token_id,
+            "do_sample": True,
+            "temperature": 0.8,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {size / 1e6:,.1f} MB in the official format")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from data import Batches, DataError, Windows
-from deepseek import PRESETS, Config, ConfigError, DeepSeek
+from deepseek import PRESETS, CheckpointError, Config, ConfigError, DeepSeek
 
 FORMAT = 1  # of ckpt.pt
 
@@ -92,7 +92,7 @@ def run_script(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         main()
-    except (UsageError, DataError, ConfigError) as error:
+    except (UsageError, DataError, ConfigError, CheckpointError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -462,14 +462,14 @@ def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, flo
 
 def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: int = 60) -> str:
     """A short text from the model, the same random numbers each time."""
-    ids = [tokenizer.token_to_id(data.BOS), *tokenizer.encode(prompt).ids]
+    ids = data.begin(tokenizer, prompt)
     generator = torch.Generator(device).manual_seed(1)
     with evaluating(model):
         stream = model.generate(
             [ids],
             length,
             temperature=0.8,
-            stop=tokenizer.token_to_id(data.EOS),
+            stop=model.config.eos_token_id,
             vocab_size=tokenizer.get_vocab_size(),
             generator=generator,
         )

@@ -1,8 +1,13 @@
-"""What several tests need: small configurations and the independent implementation."""
+"""What several tests need: small models, the independent implementation, runs of the scripts."""
+
+import sys
 
 import pytest
 import torch
 
+import data
+import sample
+import train
 from deepseek import YARN_V2, Config, DeepSeek
 
 # dn, dr, dv, R all different, two dense layers possible, 8 experts in 4 groups
@@ -47,3 +52,45 @@ def oracle(config: Config):
     other._attn_implementation = "eager"
     other._experts_implementation = "eager"
     return transformers.DeepseekV2ForCausalLM(other).eval()
+
+
+MODEL = (
+    "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
+    " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
+    " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
+    " --seq_len 32 --batch_size 4 --eval_tokens 500"
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    lines = [
+        f"The cat {n} sat on mat {n % 5}. It was {'big' if n % 2 else 'small'}." for n in range(400)
+    ]
+    path.write_text(data.SEPARATOR.join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
+
+    def run(line: str):
+        name, *arguments = line.split()
+        script = {"train": train, "sample": sample}[name]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        code = 0
+        try:
+            train.run_script(script.main)
+        except SystemExit as exit:
+            code = exit.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run

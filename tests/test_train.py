@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MODEL
 
 import data
 import sample
@@ -19,46 +20,6 @@ import train
 from deepseek import Config
 
 ROOT = Path(train.__file__).parent
-MODEL = (
-    "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
-    " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
-    " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
-    " --seq_len 32 --batch_size 4 --eval_tokens 500"
-)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "cats.txt"
-    lines = [
-        f"The cat {n} sat on mat {n % 5}. It was {'big' if n % 2 else 'small'}." for n in range(400)
-    ]
-    path.write_text(data.SEPARATOR.join(lines))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
-
-    def run(line: str):
-        name, *arguments = line.split()
-        script = {"train": train, "sample": sample}[name]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        code = 0
-        try:
-            train.run_script(script.main)
-        except SystemExit as exit:
-            code = exit.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 def log_of(folder):
