@@ -191,6 +191,13 @@ class Config:
         """C = R + dr, all that is cached per token and layer ([V2] table 1)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    def cache_per_token(self, attention: str = "mla", groups: int = 8) -> int:
+        """Numbers cached per token over all layers ([V2] table 1): by mla, by what it replaces,
+        mha, or by its rivals gqa (keys and values for `groups` heads) and mqa (for one head)."""
+        heads = {"mha": self.num_attention_heads, "gqa": groups, "mqa": 1}
+        a_layer = self.cache_dim if attention == "mla" else 2 * heads[attention] * self.v_head_dim
+        return self.num_hidden_layers * a_layer
+
     def __post_init__(self) -> None:
         check_config(self)  # part 12
 

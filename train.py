@@ -822,7 +822,7 @@ def main() -> None:
 
     # 4. What it will do
     total, active = model.num_parameters()
-    cached = config.num_hidden_layers * config.cache_dim
+    cached = config.cache_per_token()
     tokens = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
     for line in (
         f"model    {args.size}: {total:,} parameters, {active:,} of them active per token",

@@ -153,8 +153,18 @@ def test_parameters_and_cache_are_the_papers(name, total, active, cached):
     with torch.device("meta"):
         model = DeepSeek(config)
     assert model.num_parameters() == (total, active)
+    with_embedding = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320}[name]
+    assert active + model.model.embed_tokens.weight.numel() == with_embedding
     with torch.device("meta"):
         assert model.new_cache(1, 1).latents.numel() == cached
+    kinds = {kind: config.cache_per_token(kind) for kind in ("mha", "gqa", "mqa", "mla")}
+    assert (
+        kinds
+        == {
+            "v2-lite": dict(mha=110_592, gqa=55_296, mqa=6_912, mla=15_552),
+            "v2": dict(mha=1_966_080, gqa=122_880, mqa=15_360, mla=34_560),
+        }[name]
+    )
     attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
     assert attention == {"v2-lite": 13_763_072, "v2": 149_227_520}[name]
 

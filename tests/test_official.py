@@ -138,10 +138,11 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
     model.save_pretrained(tmp_path, shard_bytes=30_000_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 9
     code = (
-        "import sys; import torch, safetensors.torch; from deepseek import DeepSeek\n"
+        "import sys; import torch, safetensors.torch; from deepseek import *\n"
         "def peak():\n"
         "    for line in open('/proc/self/status'):\n"
         "        if line.startswith('VmHWM'): return int(line.split()[1]) * 1024\n"
+        "with torch.device('meta'): DeepSeek(read_config(Path(sys.argv[1])))\n"  # torch's own
         "before = peak(); DeepSeek.from_pretrained(sys.argv[1]); print(peak() - before)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
