@@ -17,8 +17,9 @@ Contents, each part using only what stands above it:
     13 official checkpoints
 
 What changes with respect to a plain transformer is parts 4, 6 and 7; the rest is Llama's, YaRN
-aside. Field names are those of the official config.json, parameter names those of the official
-checkpoint, except that there each expert is a tensor of its own and here they are stacked.
+aside. Field names are those of the official config.json (three fields of training are ours),
+parameter names those of the official checkpoint, where each expert is a tensor of its own and
+here they are stacked.
 
 Symbols. Comments at line ends give shapes in these letters, most significant dimension first.
 
@@ -29,14 +30,14 @@ Symbols. Comments at line ends give shapes in these letters, most significant di
     S             source: tokens attended to (cached ones included)
     V             vocab_size                    102,400  102,400  4,096
     D     d       hidden_size                     5,120    2,048    128
-    L     l       num_hidden_layers                  60       27      4
+    L     l       num_hidden_layers                  60       27      3
     H     n_h     num_attention_heads               128       16      4
     Q     d_c'    q_lora_rank                     1,536     none   none
     R     d_c     kv_lora_rank                      512      512     64
     dn    d_h     qk_nope_head_dim                  128      128     32
     dr    d_h^R   qk_rope_head_dim                   64       64     16
     dv    d_h     v_head_dim                        128      128     48
-    E     N_r     n_routed_experts                  160       64     16
+    E     N_r     n_routed_experts                  160       64     32
     K     K_r     num_experts_per_tok                 6        6      4
     Ns    N_s     n_shared_experts                    2        2      2
     I             moe_intermediate_size           1,536    1,408     64
@@ -82,9 +83,9 @@ YARN_V2 = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=4096, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
         q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
-        v_head_dim=48, intermediate_size=512, moe_intermediate_size=64, n_routed_experts=16,
+        v_head_dim=48, intermediate_size=512, moe_intermediate_size=64, n_routed_experts=32,
         num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
         routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
         max_position_embeddings=256, rope_scaling=None, initializer_range=0.04,
@@ -144,7 +145,7 @@ class Config:
     norm_topk_prob: Annotated[bool, "normalise gate weights to sum 1 instead of scaling"] = False
     routed_scaling_factor: Annotated[float, "multiplies the routed experts' weights"] = 16.0
     first_k_dense_replace: Annotated[int, "first layers with a dense feed-forward"] = 1
-    moe_layer_freq: Annotated[int, "every so many-th later layer is MoE"] = 1
+    moe_layer_freq: Annotated[int, "MoE are the layers (from 0) that it divides"] = 1
     aux_loss_alpha: Annotated[float, "weight of the expert balance loss"] = 0.003
     device_loss_alpha: Annotated[float, "weight of the device balance loss"] = 0.05
     comm_loss_alpha: Annotated[float, "weight of the communication balance loss"] = 0.02
@@ -192,8 +193,8 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def cache_per_token(self, attention: str = "mla", groups: int = 8) -> int:
-        """Numbers cached per token over all layers ([V2] table 1): by mla, by what it replaces,
-        mha, or by its rivals gqa (keys and values for `groups` heads) and mqa (for one head)."""
+        """Numbers cached per token over all layers ([V2] table 1), for attention = mla, mha,
+        gqa (keys and values for `groups` heads) or mqa (for one head)."""
         heads = {"mha": self.num_attention_heads, "gqa": groups, "mqa": 1}
         a_layer = self.cache_dim if attention == "mla" else 2 * heads[attention] * self.v_head_dim
         return self.num_hidden_layers * a_layer
@@ -220,11 +221,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()  # squares are coarse in bf16 and overflow in fp16
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        # The cast stands before the weight, as officially. Under autocast it is to the dtype of
-        # the matrix products that follow, once for all of them.
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # The cast comes before the weight, as officially; under autocast to the dtype of the
+        # matrix products that follow, so that each of them need not cast again.
+        dtype = product_dtype(x)
         return self.weight.to(dtype) * x32.to(dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which matrix products of x are computed: its own dtype, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,10 +241,10 @@ class RMSNorm(nn.Module):
 #
 #        <rot(q, m), rot(k, n)> = <rot(q, m - n), k>,    f_j = theta^(-2j/dr)               [RoPE]
 #
-#    YaRN stretches a context of 4K to 160K: pairs that turn many times within 4K know the
-#    distance between neighbours and stay as they are; pairs that do not complete one turn are
-#    slowed down by `factor`, so that no angle comes that training has not seen; a ramp lies in
-#    between. It is on for short inputs as well: the last training steps of V2 had it.
+#    YaRN stretches a context of 4K to 160K: fast pairs, with many turns within 4K, tell short
+#    distances apart and stay as they are; pairs that do not complete one turn are slowed down by
+#    `factor`, so that no angle comes that training has not seen; a ramp lies in between. It is
+#    on for short inputs as well: the last training steps of V2 had it.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -250,12 +256,14 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
     if (yarn := config.rope_scaling) is None:
         return inv_freq
 
-    def pair_that_turns(times: float) -> float:  # ... so often within the original context
+    def pair_that_turns(times: float) -> float:  # so often in the original context; a fraction
         context = yarn["original_max_position_embeddings"]
         return dim * math.log(context / (2 * math.pi * times)) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)  # as officially
+    high = min(
+        math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1
+    )  # as officially: not dim/2
     if low == high:
         high += 0.001  # a step instead of a ramp, without dividing by zero
     slowed = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = as it was, 1 = slowed by factor
@@ -336,6 +344,8 @@ def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
     Per head it takes 2R + dr for each query and key and R (dn + dv) for each query; expanded
     takes dn + dr + dv for each query and key and R (dn + dv) for each key. With a long cache V2
     absorbs up to 170 queries at a time: it decodes absorbed and reads a prompt expanded.
+
+        queries (keys (2R + dr) + R (dn + dv)) < keys (queries (dn + dr + dv) + R (dn + dv))
     """
     r, expand = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
     return queries * keys * (2 * r - expand) < (keys - queries) * r * expand
@@ -367,7 +377,7 @@ class Span(NamedTuple):
     cos: Tensor  # [B or 1, T, dr/2]
     sin: Tensor  # [B or 1, T, dr/2]
     end: int  # S: how many places of the cache are attended to
-    mask: Tensor | None  # [B or 1, 1, T, S], True = visible. None: causal; T == S or T == 1
+    mask: Tensor | None  # [B or 1, 1, T, S], True = visible. None: causal with T == S, or T == 1
     absorb: bool  # which of MLA's two ways is taken
 
 
@@ -450,7 +460,7 @@ class MLA(nn.Module):
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))  # B S H dn+dv
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # B S H dn, B S H dv
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
-        q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe.to(k_nope.dtype)], -1)
+        q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe], -1)
         # Flash attention wants one width for q, k and v. Zeros change neither the scores nor
         # the values, and cost less than the slow path.
         if (more := c.qk_head_dim - c.v_head_dim) > 0:
@@ -638,8 +648,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, I))
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         run = self.grouped if self.can_group(x.device, dtype) else self.looped
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
@@ -900,7 +909,8 @@ class DeepSeek(nn.Module):
         device: torch.device | str = "cpu",
     ) -> DeepSeek:
         """The model of a folder in the official format, or of a name on the Hugging Face hub,
-        in eval mode. dtype None keeps that of the files. Raises CheckpointError or ConfigError.
+        in eval mode. dtype None takes that of the stored lm_head.
+        Raises CheckpointError or ConfigError.
         """
         folder = find_checkpoint(source)
         config = read_config(folder)
@@ -911,7 +921,7 @@ class DeepSeek(nn.Module):
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and *.safetensors as official checkpoints have them, for transformers,
-        vLLM and `from_pretrained`. Such files in folder are replaced.
+        vLLM and `from_pretrained`. Earlier model*.safetensors in folder go.
 
         Raises CheckpointError for a model that the official format cannot express.
         """
@@ -923,7 +933,7 @@ class DeepSeek(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active are those that one token uses, without the input embedding,
-        which is a look-up. So counted, V2-Lite has 2.45B, the paper's 2.4B; else it had 2.66B."""
+        which is a look-up. So counted, V2-Lite has 2.45B, the paper's 2.4B; with it, 2.66B."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for n, p in self.named_parameters() if ".mlp.experts." in n)
@@ -1123,13 +1133,13 @@ BUILT_IN = {
     "model_type": "deepseek_v2",
     "hidden_act": "silu",
     "scoring_func": "softmax",
-    "seq_aux": True,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
 
-# What the official code takes where config.json is silent; it names all other fields.
+# What config.json may leave out, and what that means. The three losses and capacities that only
+# this program knows are among it.
 OFFICIAL_DEFAULTS = {
     "q_lora_rank": None,
     "n_shared_experts": 0,
@@ -1152,7 +1162,7 @@ OFFICIAL_DEFAULTS = {
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The folder itself, or that of a hub name, fetched unless the hub's cache has it."""
+    """The folder itself, or that of a hub name in the hub's cache, fetched when it is not there."""
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -1184,7 +1194,7 @@ def read_config(folder: Path) -> Config:
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} holds no object of fields and values")
     for name, value in BUILT_IN.items():
-        if record.get(name, value) != value or "model_type" not in record:
+        if record.get(name, None if name == "model_type" else value) != value:
             raise CheckpointError(
                 f"{path} has {name} = {record.get(name)!r}; this program builds {value!r} only"
             )
@@ -1196,11 +1206,11 @@ def read_config(folder: Path) -> Config:
             f"{path} has num_key_value_heads = {record['num_key_value_heads']}: in MLA they are"
             f" as many as num_attention_heads = {heads}"
         )
-    rope = record.get("rope_parameters", record.get("rope_scaling"))
+    rope = record.get("rope_parameters") or record.get("rope_scaling")
     if isinstance(rope, dict):  # transformers 5 spells it "rope_type", and puts theta here too
         record["rope_theta"] = rope.pop("rope_theta", record.get("rope_theta"))
-        kind = rope.pop("rope_type", rope.get("type"))
-        rope = None if kind == "default" else {"type": kind} | rope
+        kind = rope.pop("rope_type", rope.get("type", "default"))
+        rope = None if kind == "default" else rope | {"type": kind}
     record["rope_scaling"] = rope
     record["q_lora_rank"] = record.get("q_lora_rank") or None  # 0 says the same as null
     given = {k: v for k, v in record.items() if v is not None}
@@ -1212,22 +1222,29 @@ def read_config(folder: Path) -> Config:
 def official_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json for a Config. Raises CheckpointError for what it cannot say."""
     for name, value in (("norm_topk_prob", False), ("moe_layer_freq", 1)):
-        if getattr(config, name) != value:  # transformers and vLLM would silently ignore it
+        if getattr(config, name) != value:
             raise CheckpointError(
-                f"{name} = {getattr(config, name)!r} cannot be exported: programs that read the"
-                f" official format compute as if it were {value!r}"
+                f"{name} = {getattr(config, name)!r} cannot be exported: transformers would compute"
+                f" as if it were {value!r}"
             )
+    # vLLM limits groups whatever topk_method says; all groups allowed is greedy again
+    reach = config.n_group if config.topk_method == "greedy" else config.topk_group
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         **BUILT_IN,
         **asdict(config),
+        "topk_group": reach,
+        "seq_aux": True,
         "num_key_value_heads": config.num_attention_heads,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def official_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A parameter under its official name; stacked experts as a view of each expert's matrix."""
+    """A parameter under its official name; stacked experts as a view of each expert's matrix.
+
+    It serves tensors from files as well: some store experts stacked, as here.
+    """
     stem, _, kind = name.rpartition(".")
     if not stem.endswith(".mlp.experts") or tensor.dim() != 3 or tensor.numel() == 0:
         yield name, tensor
@@ -1253,6 +1270,8 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: it is damaged") from error
+    if not files:
+        raise CheckpointError(f"{index} names no file: it is damaged")
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {index.name} names it")

@@ -34,6 +34,7 @@ from train import (
     run_script,
 )
 
+LONGEST = 2048  # new tokens unless told otherwise: the cache for V2's context would take 11 GB
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -43,18 +44,21 @@ def make_parser() -> Parser:
     places = "of train.py, or a folder or hub name in the official format (default: out/ckpt.pt)"
     add("--ckpt", default="out/ckpt.pt", help=places)
     add("--prompt", help="text to continue (default: the beginning of a document)")
-    add("--chat", action="store_true", help="talk; with --prompt one answer (default: off)")
     add("--num_samples", type=number(int, 1), default=1, help="how many (default: 1)")
-    add("--max_new_tokens", type=number(int, 0), help="(default: until the context is full)")
+    longest = f"(default: until the context is full, at most {LONGEST})"
+    add("--max_new_tokens", type=number(int, 0), help=longest)
     temperatures = "0 = greedy (default: 0.8; with --check 1)"
     add("--temperature", type=number(float, 0), help=temperatures)
     add("--top_k", type=number(int, 1), help="draw from the k most probable (default: all)")
     add("--top_p", type=number(float, 0, 1, above=True), help="... of this mass (default: all)")
     add("--seed", type=number(int, 0, 2**63 - 1), help="for the same text again (default: random)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--chat", action="store_true", help="talk; with --prompt one answer (default: off)")
     add("--score", metavar="FILE", help="print the loss on a text instead (default: off)")
     judged = "judge N sampled stories of a model of the built-in stories (default: off)"
     add("--check", metavar="N", type=number(int, 1), help=judged)
     add("--export", metavar="FOLDER", help="write it in the official format (default: off)")
+    add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there is)")
     dtypes = "of the weights (default: auto, as they are stored)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
@@ -119,17 +123,18 @@ def speak(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
     """Print the continuation of a prompt as it comes; return it."""
     words, said = DecodeStream(skip_special_tokens=True), []  # holds half characters back
     for token in write(model, tokenizer, args, [prompt], generator):
-        word = words.step(tokenizer, int(token)) or ""
-        if args.chat and not said:
-            word = word.removeprefix(" ")
-        said.append(word)
-        print(word, end="", flush=True)
+        if word := words.step(tokenizer, int(token)):
+            if args.chat and not said:  # the template has it before the answer
+                word = word.removeprefix(" ")
+            said.append(word)
+            print(word, end="", flush=True)
     print()
     return "".join(said)
 
 
 def chat(model, tokenizer, args, generator: torch.Generator) -> None:
-    """Answer line after line until the input ends; the oldest turns leave a full context."""
+    """Answer line after line until the input ends. The oldest turns are forgotten once the
+    dialogue takes more than half of the context."""
     turns: list[tuple[str, str | None]] = []
     while True:
         try:
@@ -140,21 +145,24 @@ def chat(model, tokenizer, args, generator: torch.Generator) -> None:
         if not question:
             continue
         turns.append((question, None))
-        while len(turns) > 1 and len(data.dialogue(tokenizer, turns)) > (
-            model.config.max_position_embeddings // 2
-        ):
-            del turns[0]
         prompt = data.dialogue(tokenizer, turns)
-        check_length(model, prompt)
+        while len(turns) > 1 and len(prompt) > model.config.max_position_embeddings // 2:
+            del turns[0]
+            prompt = data.dialogue(tokenizer, turns)
+        try:
+            check_length(model, prompt)
+        except UsageError as error:
+            print(error)
+            turns.clear()
+            continue
         turns[-1] = (question, speak(model, tokenizer, args, prompt, generator))
 
 
 def write(model, tokenizer, args, prompts: list[list[int]], generator: torch.Generator):
-    """`model.generate` as the flags say; without --max_new_tokens until the context is full."""
-    limit = model.config.max_position_embeddings
+    """`model.generate` as the flags say."""
     return model.generate(
         prompts,
-        limit if args.max_new_tokens is None else args.max_new_tokens,
+        LONGEST if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -185,7 +193,7 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
         rows = min(left, 50)
         stream = write(model, tokenizer, args, [prompt] * rows, generator)
         for row in torch.stack(list(stream), 1).tolist():  # rows n
-            text = args.prompt + tokenizer.decode(row)  # without the special tokens
+            text = (args.prompt or "") + tokenizer.decode(row)  # without the special tokens
             try:
                 parse(text)
                 valid += 1
@@ -207,7 +215,8 @@ def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty: give another folder")
     model.save_pretrained(folder)
-    bos, eos, config = data.BOS, data.EOS, model.config
+    config = model.config
+    bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
     mine = Tokenizer.from_str(tokenizer.to_str())
     mine.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, config.bos_token_id)]
@@ -227,8 +236,6 @@ def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.eos_token_id,
-            "do_sample": True,
-            "temperature": 0.8,
         },
     }
     for name, content in files.items():

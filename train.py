@@ -44,7 +44,7 @@ FORMAT = 1  # of ckpt.pt
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=8, lr=3e-3, warmup=50, minutes=5.0),
+    "tiny": dict(batch_size=16, lr=2e-3, warmup=50, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
@@ -344,6 +344,7 @@ def draw_curves(log: Path, target: Path) -> None:
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     header, *records = read_log(log)
     if not records:
@@ -370,8 +371,23 @@ def draw_curves(log: Path, target: Path) -> None:
     )
     if header.get("floor"):
         top.axhline(header["floor"], color="tab:red", ls="--", lw=1, label="entropy of the stories")
+    if any("val_recall" in r for r in evaluated):
+        right = top.twinx()
+        right.plot(
+            [r["step"] for r in evaluated],
+            [100 * r["val_recall"] for r in evaluated],
+            "s-",
+            color="tab:purple",
+            ms=3,
+            lw=1,
+        )
+        right.set_ylim(0, 100)
+        right.set_ylabel("facts recalled (%)", color="tab:purple")
     top.set_ylabel("cross-entropy (nats per token)")
-    top.set_ylim(bottom=0, top=max(losses[: max(3, len(losses) // 20)].max(), losses[-1]) * 1.03)
+    top.set_yscale("log")  # the last tenths take most of the time
+    top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    top.yaxis.set_major_formatter("{x:g}")
+    top.yaxis.set_minor_formatter(NullFormatter())
     top.legend(frameon=False)
     top.set_title(f"{header['args']['size']} on {Path(header['args']['data']).name}")
     middle.plot(steps, [r["lr"] for r in records], color="tab:green")

@@ -157,6 +157,7 @@ def test_parameters_and_cache_are_the_papers(name, total, active, cached):
     assert active + model.model.embed_tokens.weight.numel() == with_embedding
     with torch.device("meta"):
         assert model.new_cache(1, 1).latents.numel() == cached
+    assert small().cache_per_token("mha") == 3 * 2 * 3 * 14  # layers, K and V, heads, dv
     kinds = {kind: config.cache_per_token(kind) for kind in ("mha", "gqa", "mqa", "mla")}
     assert (
         kinds
@@ -278,6 +279,13 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch):
     many = x.repeat(400, 1, 1), targets.repeat(400, 1)  # 12,000 tokens: two chunks
     assert torch.allclose(model.cross_entropy(*many, 0), expected)
     assert len(calls) == 3
+
+
+def test_cross_entropy_is_taken_in_float32():
+    model = random_model(small()).bfloat16()
+    x, targets = torch.randn(2, 40, 48).bfloat16(), torch.randint(0, 96, (2, 40))
+    exact = F.cross_entropy(model.lm_head(x).float().flatten(0, 1), targets.flatten())
+    assert torch.allclose(model.cross_entropy(x, targets), exact, rtol=1e-4)
 
 
 def test_loss_is_cross_entropy_alone_and_evaluation_has_no_balance_loss():
@@ -429,6 +437,13 @@ def test_rows_of_different_lengths_share_a_cache():
     more = torch.stack([ids[0, 6:9], ids[1, 3:6]])
     close(model(more, cache=cache).logits[1], model(ids[1:, :6]).logits[0, 3:])
     close(model(ids[:, 6:9], cache=cache).logits[1], model(ids[1:, :9]).logits[0, 6:])
+
+
+def test_a_cache_is_not_trained_through():
+    model = random_model(small())
+    cache = model.new_cache(1, 8)
+    model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+    assert not cache.latents.requires_grad
 
 
 def test_outgrowing_the_cache_or_the_context_is_refused():
@@ -732,7 +747,20 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     assert torch.allclose(share(top_k=3, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
     assert torch.allclose(share(top_k=99), probs, atol=0.02)
     assert torch.equal(share(top_p=1e-9), torch.tensor([1.0, 0, 0, 0]))
+    assert deepseek.sample(torch.zeros(1000, 2), top_p=0.5).unique().numel() == 1  # exactly half
     assert torch.equal(share(temperature=1e-30), torch.tensor([1.0, 0, 0, 0]))
+
+
+def test_sampling_is_in_float32_and_without_gradients(monkeypatch):
+    seen, real = [], deepseek.sample
+
+    def spy(logits, *options):
+        seen.append((logits.requires_grad, logits.dtype))
+        return real(logits, *options)
+
+    monkeypatch.setattr(deepseek, "sample", spy)
+    list(random_model(small()).bfloat16().generate([[1]], 3))
+    assert seen == [(False, torch.float32)] * 3
 
 
 def test_generation_is_repeated_by_its_generator_and_leaves_the_global_one_alone():
@@ -794,6 +822,7 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(rope_theta="1"), "rope_theta = '1'"),
         (dict(rope_theta=10**400), "must be a finite number"),
         (dict(rope_theta=0.0), "rope_theta = 0.0 must be above 1"),
+        (dict(aux_loss_alpha=True), "aux_loss_alpha = True must be a finite number"),
         (dict(routed_scaling_factor=0.0), "routed_scaling_factor = 0.0 must be above 0"),
         (dict(num_hidden_layers=10_001), "is over 10000"),
         (dict(bos_token_id=96), "bos_token_id = 96 must be below"),
@@ -829,8 +858,7 @@ def test_impossible_configs_are_refused_in_a_sentence(overrides, message):
 
 def test_what_is_possible_is_accepted():
     small(n_group=4, topk_group=1)  # greedy routing does not care for groups
-    small(rope_scaling={**YARN_V2, "rope_type": "yarn"} | {"mscale_all_dim": 0})
-    small(rope_scaling={k: v for k, v in YARN_V2.items() if k != "type"} | {"rope_type": "yarn"})
+    small(rope_scaling=YARN_V2 | {"mscale_all_dim": 0})
     small(n_shared_experts=0, first_k_dense_replace=0, q_lora_rank=4)
 
 

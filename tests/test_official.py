@@ -80,10 +80,25 @@ def test_the_released_config_is_read_to_the_last_field(tmp_path):
     }
     yarn.pop("type")
     record |= dict(rope_parameters=yarn, q_lora_rank=0, n_group=None, topk_group=None)
+    record |= dict(rope_scaling={"type": "default"})  # the newer spelling counts
     (tmp_path / "config.json").write_text(json.dumps(record))
     config = deepseek.read_config(tmp_path)
     assert deepseek.softmax_scale(config) == deepseek.softmax_scale(expected)
     assert (config.q_lora_rank, config.n_group, config.rope_theta) == (None, 1, 10000)
+    assert config.rope_scaling == expected.rope_scaling
+    for field in ("routed_scaling_factor", "first_k_dense_replace", "moe_layer_freq"):
+        (tmp_path / "config.json").write_text(
+            json.dumps({k: v for k, v in record.items() if k != field})
+        )
+        silent = {"routed_scaling_factor": 1.0, "first_k_dense_replace": 0, "moe_layer_freq": 1}
+        assert getattr(deepseek.read_config(tmp_path), field) == silent[field]
+    for plain in (None, {"rope_theta": 500.0}, {"rope_type": "default", "rope_theta": 500.0}):
+        record |= dict(
+            rope_parameters=plain, rope_scaling=None, rope_theta=None if plain else 500.0
+        )
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        config = deepseek.read_config(tmp_path)
+        assert config.rope_scaling is None and config.rope_theta == 500
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -116,6 +131,7 @@ def test_gate_stands_above_up_as_in_the_file(folder):
 def test_dtype_is_that_of_the_files_or_as_asked(folder, tmp_path):
     model = DeepSeek.from_pretrained(folder, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert DeepSeek.from_pretrained(folder, device="meta").lm_head.weight.is_meta
     model.save_pretrained(tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
     again = DeepSeek.from_pretrained(tmp_path / "half")
@@ -162,6 +178,7 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
         (dict(scoring_func="sigmoid"), "'sigmoid'"),
         (dict(tie_word_embeddings=True), "tie_word_embeddings = True"),
         (dict(attention_bias=True), "attention_bias = True"),
+        (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(num_key_value_heads=1), "num_key_value_heads = 1"),
         (dict(quantization_config={"quant_method": "fp8"}), "quantised"),
         (dict(hidden_size="absent"), "lacks 'hidden_size'"),
@@ -201,6 +218,12 @@ def test_missing_surplus_and_misshapen_tensors_are_named(folder):
         change(folder, **{name: tensor})
         with pytest.raises(CheckpointError, match=message):
             DeepSeek.from_pretrained(folder)
+    others = {name.replace("up_proj", kind): None for kind in ("down_proj", "gate_proj")}
+    change(folder, **others, **{name: None})
+    with pytest.raises(CheckpointError, match="is missing in .*, and 2 more"):
+        DeepSeek.from_pretrained(folder)
+    change(folder, **{other: stored.T.contiguous() for other in others if "down" in other})
+    change(folder, **{other: stored for other in others if "gate" in other})
     change(folder, **{name: stored, "model.layers.2.mlp.gate.bias": torch.zeros(8)})
     with pytest.raises(CheckpointError, match="layers.2.mlp.gate.bias, which config.json has no"):
         DeepSeek.from_pretrained(folder)
@@ -226,6 +249,9 @@ def test_damaged_missing_and_foreign_files_are_named(folder, tmp_path):
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
     with pytest.raises(CheckpointError, match="gone.safetensors is missing"):
         DeepSeek.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(CheckpointError, match="index.json names no file"):
+        DeepSeek.from_pretrained(folder)
     index.write_text("[1, 2")
     with pytest.raises(CheckpointError, match="index.json cannot be read"):
         DeepSeek.from_pretrained(folder)
@@ -248,6 +274,26 @@ def test_a_hub_name_without_a_network_ends_in_a_sentence(tmp_path):
         DeepSeek.from_pretrained("no/such/model")
 
 
+def test_what_is_needed_is_fetched_from_the_hub(folder, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert DeepSeek.from_pretrained("somebody/a-model").config.n_group == 4
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json"]
+    assert asked == [("somebody/a-model", patterns)]
+
+
+def test_beside_an_index_other_files_are_left_alone(tmp_path):
+    model = random_model(small())
+    model.save_pretrained(tmp_path, 50_000)
+    save_file({"lm_head.weight": torch.zeros(96, 48)}, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits(DeepSeek.from_pretrained(tmp_path)), logits(model))
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -265,6 +311,10 @@ def test_written_and_read_again_nothing_has_changed(shard_bytes, tmp_path):
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 5
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
     assert max(sizes) <= shard_bytes
+    if len(files) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 4 * model.num_parameters()[0]
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 3
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 50_000])
@@ -279,6 +329,11 @@ def test_transformers_reads_what_is_written(overrides, shard_bytes, tmp_path):
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = logits(model)
     assert (logits(other) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_greedy_routing_is_exported_with_all_groups_allowed(tmp_path):
+    DeepSeek(small(n_group=4, topk_group=2)).save_pretrained(tmp_path)
+    assert deepseek.read_config(tmp_path).topk_group == 4
 
 
 @pytest.mark.parametrize("overrides", [dict(norm_topk_prob=True), dict(moe_layer_freq=2)])

@@ -166,7 +166,7 @@ def test_a_run_in_the_way_is_never_written_over(run, corpus, tmp_path):
         ("train --data {text} --steps 3 --nonsense 1", "--nonsense"),
         ("train --data {text} --qk_rope_head_dim 7", "must be even"),
         ("train --data {text} --n_routed_experts 10 --n_group 3", "multiple of n_group"),
-        ("train --data {text} --num_experts_per_tok 17", "at most 16"),
+        ("train --data {text} --num_experts_per_tok 33", "at most 32"),
         ("train --data {text} --rope_scaling nonsense", "--rope_scaling"),
         ("train --data {text} --vocab_size 100", "must be at least 258"),
         ("train --data {text} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
@@ -181,7 +181,8 @@ def test_a_run_in_the_way_is_never_written_over(run, corpus, tmp_path):
         ("sample --ckpt {ckpt} --top_p 2", "--top_p"),
         ("sample --ckpt {ckpt} --top_k 0", "--top_k"),
         ("sample --ckpt {ckpt} --score {tmp}/none.txt", "is not a file"),
-        ("sample --ckpt {tmp}", "is a folder"),
+        ("sample --ckpt {tmp}", "has no tokenizer.json"),
+        ("sample --ckpt {out}", "is a folder"),
         ("sample --ckpt {ckpt} --prompt {long}", "tokens and the context 32"),
         ("sample --ckpt {cut}", "is damaged or not one"),
     ],
@@ -193,6 +194,7 @@ def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, me
     torch.save({"weights": torch.ones(3)}, tmp_path / "alien.pt")
     (tmp_path / "cut.pt").write_bytes(trained.read_bytes()[:5000])
     places = dict(tmp=tmp_path, text=corpus, ckpt=trained, cut=tmp_path / "cut.pt", long="x" * 99)
+    places["out"] = trained.parent
     line = line.format(**places)
     if line.startswith("train") and "--out" not in line:
         line += f" --out {tmp_path}/out"
