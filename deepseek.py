@@ -14,7 +14,7 @@ Contents, each part using only what stands above it:
      1 Config        2 RMSNorm      3 RoPE and YaRN      4 MLA and its cache      5 SwiGLU
      6 the router, its balance losses, token dropping    7 the experts            8 the block
      9 sampling     10 the model   11 generation        12 which configurations are refused
-    13 official checkpoints
+    13 official checkpoints           14 LoRA
 
 What changes with respect to a plain transformer is parts 4, 6 and 7; the rest is Llama's, YaRN
 aside. Field names are those of the official config.json (three fields of training are ours),
@@ -52,7 +52,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -721,7 +721,7 @@ class MoE(nn.Module):
         c = self.config
         routing = self.gate(x)
         weights, aux_loss = routing.weights, torch.zeros((), device=x.device)
-        if self.training:
+        if self.training and self.gate.weight.requires_grad:  # a frozen router stays as it is
             aux_loss = balance_loss(c, routing)
         if exempt is not None:
             weights = drop_tokens(c, routing, exempt)
@@ -1366,3 +1366,214 @@ def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------
+# 14. LoRA. How does a model learn something new in few numbers?
+#
+#        y = W x + (alpha / r) B A x          A [r, in], B [out, r]               arXiv 2106.09685
+#
+#    W, the base, stays as it is, to the bit; A and B are trained. B begins at zero, so that the
+#    start is the base model exactly. alpha / r keeps the step size when r is changed. Files are
+#    those of the library PEFT.
+# ----------------------------------------------------------------------------------------------
+
+MLA_PROJECTIONS = (
+    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+)  # fmt: skip
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its adapter. [..., in] -> [..., out]. The adapter is kept in fp32."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        where = dict(bias=False, device=base_layer.weight.device, dtype=torch.float32)
+        self.base_layer, self.alpha = base_layer, alpha
+        self.lora_A = nn.Linear(base_layer.in_features, rank, **where)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, **where)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as the authors' code
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r"""
+        return self.alpha / self.lora_A.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W + (alpha / r) B A, summed in fp32; absorbed attention reads it of kv_b_proj."""
+        base, delta = self.base_layer.weight, self.lora_B.weight @ self.lora_A.weight
+        return (base.float() + self.scaling * delta).to(base.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        x = self.dropout(x.to(self.lora_A.weight.dtype))
+        return y + (self.scaling * self.lora_B(self.lora_A(x))).to(y.dtype)
+
+
+def add_lora(
+    model: DeepSeek,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] = MLA_PROJECTIONS,
+    dropout: float = 0.0,
+) -> list[str]:
+    """Freeze the model and give every linear layer called like one of `targets` an adapter.
+
+    Returns the adapted layers' full names. Targets that this model does not have, but another
+    configuration has, are passed over. Raises ConfigError for others, and where the model has
+    adapters already.
+    """
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    have = {name.rpartition(".")[2] for name in linear}
+    for target in targets:
+        if target not in have | set(MLA_PROJECTIONS):
+            raise ConfigError(
+                f"target {target!r} is no linear layer: choose from {', '.join(sorted(have))}"
+            )
+    names = [name for name in linear if name.rpartition(".")[2] in targets]
+    if not names:
+        raise ConfigError(f"targets = {', '.join(targets)}: this model has none of them")
+    _adapt(model, names, rank, alpha, dropout)
+    return names
+
+
+def _adapt(model: DeepSeek, names: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
+    for bad, message in (
+        (rank < 1, f"rank = {rank} must be at least 1"),
+        (not 0 < alpha < math.inf, f"alpha = {alpha} must be above 0"),
+        (not 0 <= dropout < 1, f"dropout = {dropout} must be in [0, 1)"),
+        (_layers(model, LoRALinear), "the model has adapters already: merge them first"),
+    ):
+        if bad:
+            raise ConfigError(message)
+    model.requires_grad_(False)
+    for name in names:
+        _put(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+
+
+def _layers(model: nn.Module, kind: type) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    module.train(model.training)
+    setattr(model.get_submodule(parent), own, module)
+
+
+def merge_lora(model: DeepSeek) -> Callable[[], None]:
+    """Replace each adapted layer by a plain one with the weight W + (alpha / r) B A.
+
+    Calling the result puts the adapted layers back, the base as it was to the bit (in bf16,
+    subtracting again would not give that).
+    """
+
+    def merged(layer: LoRALinear) -> nn.Linear:
+        plain = nn.Linear(*layer.base_layer.weight.T.shape, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        return plain
+
+    return _exchange(model, merged)
+
+
+def detach_lora(model: DeepSeek) -> Callable[[], None]:
+    """Put the base back without its adapters. Calling the result brings them in again."""
+    return _exchange(model, lambda layer: layer.base_layer)
+
+
+def _exchange(model: DeepSeek, make: Callable[[LoRALinear], nn.Linear]) -> Callable[[], None]:
+    adapted = _layers(model, LoRALinear)
+    for name, layer in adapted.items():
+        _put(model, name, make(layer))
+
+    def undo() -> None:
+        for name, layer in adapted.items():
+            _put(model, name, layer)
+
+    return undo
+
+
+# PEFT's settings of an adapter as this file computes it; one that says otherwise is refused.
+PEFT_BUILT_IN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+}
+PEFT_PREFIX = "base_model.model."  # in front of each tensor's name
+
+
+def lora_state(model: DeepSeek) -> dict[str, Tensor]:
+    """The adapters' own tensors, lora_A and lora_B of each layer, under the model's names."""
+    return {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+
+
+def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; base: where the
+    model comes from. Raises ConfigError without adapters."""
+    from safetensors.torch import save_file
+
+    layers = _layers(model, LoRALinear)
+    if not layers:
+        raise ConfigError("the model has no adapters to save: call add_lora first")
+    some = next(iter(layers.values()))
+    record = {
+        **PEFT_BUILT_IN,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": some.lora_A.out_features,
+        "lora_alpha": some.alpha,
+        "lora_dropout": some.dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {PEFT_PREFIX + k: v.contiguous().cpu() for k, v in lora_state(model).items()}
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    text = json.dumps(record, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def load_lora(model: DeepSeek, folder: str | Path) -> None:
+    """Give the model the adapters of a folder written by `save_lora` or by PEFT.
+
+    Raises CheckpointError for a damaged file, another kind of adapter, or one of another base.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha = record["r"], record["lora_alpha"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no adapter_config.json: give an adapter's folder"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read") from error
+    same = PEFT_BUILT_IN | dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"))
+    for name, value in same.items():
+        if (record.get(name) or None) != (value or None):
+            raise CheckpointError(
+                f"{folder} has {name} = {record.get(name)!r}: only plain LoRA is read"
+            )
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: other formats are not read")
+    state = {name.removeprefix(PEFT_PREFIX): t[:] for name, t in stored_tensors(file)}
+    linear = _layers(model, nn.Linear)
+    names = sorted({name.rpartition(".lora_")[0] for name in state})
+    if not names:
+        raise CheckpointError(f"{file} holds no adapter")
+    for name in names:
+        found = [state.get(f"{name}.lora_{half}.weight") for half in "AB"]
+        shapes = [None if t is None else list(t.shape) for t in found]
+        base = linear.get(name)
+        if base is None or shapes != [[rank, base.in_features], [base.out_features, rank]]:
+            raise CheckpointError(f"{folder} does not fit the model at {name}: its base is another")
+    _adapt(model, names, rank, alpha, record.get("lora_dropout", 0.0))
+    model.load_state_dict(state, strict=False)

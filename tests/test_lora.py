@@ -1,0 +1,254 @@
+"""LoRA: the start, training, merging, and PEFT as the independent implementation."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import GROUPS, YARN, oracle, random_model, small
+from safetensors.torch import load_file, save_file
+
+from deepseek import (
+    CheckpointError,
+    ConfigError,
+    LoRALinear,
+    add_lora,
+    detach_lora,
+    load_lora,
+    lora_state,
+    merge_lora,
+    save_lora,
+)
+
+IDS = torch.arange(60).view(2, 30) % 96
+COMPRESSED = GROUPS | YARN | dict(q_lora_rank=28)
+
+
+def logits(model, **options):
+    with torch.no_grad():
+        return model(IDS, **options).logits
+
+
+def adapted(seed=1, rank=4, alpha=6.0, dropout=0.0, **overrides):
+    """A model with adapters that do something: B random instead of zero."""
+    model = random_model(small(**overrides))
+    add_lora(model, rank, alpha, dropout=dropout)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in lora_state(model).items():
+            if "lora_B" in name:
+                tensor.normal_(0, 0.1)
+    return model
+
+
+def close(a, b, relative=1e-5):
+    assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+def test_the_start_is_the_base_exactly_and_only_adapters_learn(overrides):
+    model = random_model(small(**overrides))
+    base, before = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    names = add_lora(model, rank=4)
+    per_layer = 5 if overrides else 4
+    assert len(names) == 3 * per_layer and all(".self_attn." in name for name in names)
+    assert torch.equal(logits(model), base)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(names)
+    optimizer = torch.optim.AdamW(trainable, 1e-2)
+    for _ in range(3):
+        out = model(IDS[:, :-1], IDS[:, 1:])
+        assert out.aux_loss == 0  # the router is frozen: there is nothing to balance
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.state_dict().items():
+        if ".lora_" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")])
+    assert not torch.allclose(logits(model.eval()), base, atol=1e-3)
+    back = detach_lora(model)
+    assert torch.equal(logits(model), base)
+    assert {k for k in model.state_dict()} == set(before)
+    back()
+    assert len(lora_state(model)) == len(trainable)
+
+
+def test_y_is_wx_plus_scaled_bax():
+    layer = LoRALinear(torch.nn.Linear(3, 2, bias=False), rank=1, alpha=5.0, dropout=0.0)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        layer.lora_A.weight.copy_(torch.tensor([[1.0, 2, 3]]))
+        layer.lora_B.weight.copy_(torch.tensor([[1.0], [-1]]))
+    x = torch.tensor([1.0, 1, 1])
+    assert layer(x).tolist() == [31, -29]  # A x = 6, times 5, beside [1, 1]
+    assert layer.weight.tolist() == [[6, 10, 15], [-5, -9, -15]]
+
+
+def test_a_starts_uniform_as_kaiming_and_b_zero():
+    layer = LoRALinear(torch.nn.Linear(400, 30, bias=False), rank=8, alpha=1.0, dropout=0.0)
+    bound = 1 / math.sqrt(400)  # sqrt(6 / ((1 + 5) * fan_in))
+    assert 0.99 * bound < layer.lora_A.weight.abs().max() <= bound
+    assert not layer.lora_B.weight.any()
+
+
+def test_dropout_drops_in_training_only():
+    layer = LoRALinear(torch.nn.Linear(64, 1, bias=False), rank=1, alpha=1.0, dropout=0.5)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A.weight.fill_(1)
+        layer.lora_B.weight.fill_(1)
+        x = torch.ones(64)
+        assert layer.eval()(x).item() == 64
+        torch.manual_seed(0)
+        seen = {layer.train()(x).item() for _ in range(20)}
+    assert len(seen) > 5 and all(value % 2 == 0 for value in seen)  # each survivor counts twice
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+def test_absorbed_attention_sees_an_adapter_on_kv_b_proj(overrides):
+    model = adapted(**overrides)
+    close(logits(model, absorb=True), logits(model, absorb=False))
+    cache = model.new_cache(2, 30)
+    with torch.no_grad():
+        step = [model(IDS[:, t : t + 1], cache=cache, absorb=True).logits for t in range(30)]
+    close(torch.cat(step, 1), logits(model))
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+def test_merging_changes_nothing_and_unmerging_brings_all_back(overrides):
+    model = adapted(**overrides)
+    before, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    undo = merge_lora(model)
+    close(logits(model), before)
+    assert not lora_state(model)
+    undo()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(logits(model), before)
+
+
+def test_merging_in_bfloat16_keeps_the_original():
+    model = random_model(small()).bfloat16()
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    add_lora(model, 4)
+    with torch.no_grad():
+        for tensor in lora_state(model).values():
+            tensor.normal_(0, 0.1)
+            assert tensor.dtype == torch.float32
+    before = logits(model)
+    merge_lora(model)()
+    assert torch.equal(logits(model), before)
+    detach_lora(model)
+    assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
+
+
+def test_other_targets_can_be_chosen_and_unknown_ones_are_refused():
+    model = random_model(small())
+    names = add_lora(model, 2, targets=["gate_proj", "down_proj"])
+    assert {n.split(".", 3)[3] for n in names} == {
+        f"mlp.{where}{which}_proj"
+        for where in ("", "shared_experts.")
+        for which in ("gate", "down")
+    }
+    for options, message in (
+        (dict(targets=["experts"]), "target 'experts' is no linear layer"),
+        (dict(targets=["q_a_proj"]), "has none of them"),
+        (dict(rank=0), "rank = 0"),
+        (dict(alpha=0.0), "alpha = 0.0"),
+        (dict(dropout=1.0), "dropout = 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            add_lora(random_model(small()), **options)
+    with pytest.raises(ConfigError, match="has adapters already"):
+        add_lora(model)
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+def test_peft_gives_the_same_logits_from_our_files(overrides, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = adapted(**overrides)
+    save_lora(model, tmp_path / "lora", base="somewhere")
+    expected = logits(model)
+    detach_lora(model)
+    model.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    other = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    close(logits(other), expected)
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+def test_an_adapter_made_by_peft_loads_here(overrides, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = random_model(small(**overrides))
+    base = oracle(model.config)
+    base.load_state_dict(model.state_dict())
+    targets = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    targets += ["q_a_proj", "q_b_proj"] if overrides else ["q_proj"]
+    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
+    other = peft.get_peft_model(base, settings).eval()
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.1)
+    other.save_pretrained(tmp_path)
+    before = logits(model)
+    load_lora(model, tmp_path)
+    close(logits(model), logits(other))
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+
+
+def test_saved_and_loaded_nothing_has_changed(tmp_path):
+    model = adapted(dropout=0.25)
+    save_lora(model, tmp_path)
+    again = random_model(small())
+    load_lora(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    layer = again.model.layers[0].self_attn.o_proj
+    assert (layer.scaling, layer.dropout.p, layer.training) == (1.5, 0.25, False)
+    with pytest.raises(ConfigError, match="no adapters to save"):
+        save_lora(random_model(small()), tmp_path)
+
+
+def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
+    save_lora(adapted(), tmp_path)
+    for overrides in (dict(hidden_size=51), dict(num_hidden_layers=2), dict(q_lora_rank=28)):
+        with pytest.raises(CheckpointError, match="does not fit the model at model.layers"):
+            load_lora(random_model(small(**overrides)), tmp_path)
+    path, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    record, state = json.loads(path.read_text()), load_file(file)
+    for change in (
+        dict(peft_type="IA3"),
+        dict(bias="all"),
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(rank_pattern={"o_proj": 2}),
+        dict(modules_to_save=["lm_head"]),
+    ):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(CheckpointError, match=f"has {next(iter(change))} = .* only plain LoRA"):
+            load_lora(random_model(small()), tmp_path)
+    path.write_text(json.dumps(record | dict(r=5)))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_lora(random_model(small()), tmp_path)
+    path.write_text(json.dumps(record))
+    lost = {k: v for k, v in state.items() if "layers.1.self_attn.o_proj.lora_B" not in k}
+    save_file(lost, file)
+    with pytest.raises(CheckpointError, match="layers.1.self_attn.o_proj"):
+        load_lora(random_model(small()), tmp_path)
+    save_file({}, file)
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        load_lora(random_model(small()), tmp_path)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="cut short"):
+        load_lora(random_model(small()), tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_lora(random_model(small()), tmp_path)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_lora(random_model(small()), tmp_path)
+    with pytest.raises(CheckpointError, match="has no adapter_config.json"):
+        load_lora(random_model(small()), tmp_path / "nowhere")
