@@ -923,13 +923,22 @@ class DeepSeek(nn.Module):
         """Write config.json and *.safetensors as official checkpoints have them, for transformers,
         vLLM and `from_pretrained`. Earlier model*.safetensors in folder go.
 
-        Raises CheckpointError for a model that the official format cannot express.
+        Raises CheckpointError for a model that the official format cannot express, or a folder
+        that cannot be written.
         """
         config = official_config(self.config, self.lm_head.weight.dtype)
+        if self.lm_head.weight.is_meta:
+            raise CheckpointError(
+                "a model on the meta device has no weights to save: load it first"
+            )
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_weights(self, folder, shard_bytes)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_weights(self, folder, shard_bytes)
+            text = json.dumps(config, indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
 
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active are those that one token uses, without the input embedding,
@@ -1342,6 +1351,7 @@ def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
 
     The shards are written one after the other, so that memory is taken for one.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -1360,7 +1370,14 @@ def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
         many = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
         shard = {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
-        save_file(shard, folder / f"model{many}.safetensors", {"format": "pt"})
+        path = folder / f"model{many}.safetensors"
+        try:
+            path.touch()  # with the usual rights; safetensors itself lets only the owner read
+            rights = path.stat().st_mode
+            save_file(shard, path, {"format": "pt"})
+            path.chmod(rights)
+        except SafetensorError as error:  # a full disk
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
     if len(shards) > 1:
         total = sum(p.nbytes for p in model.state_dict().values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -73,10 +73,15 @@ def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek,
         state = load_checkpoint(source)
         return build_model(state).to(device, kind), data.load_tokenizer(state["tokenizer"])
     folder = find_checkpoint(source)
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} has neither ckpt.pt nor config.json: give a model's folder or file"
+        )
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} has no tokenizer.json that can be read: add one") from error
+        where = "that of its base model, or the one that --export wrote"
+        raise UsageError(f"{folder} has no tokenizer.json that can be read: add {where}") from error
     return DeepSeek.from_pretrained(folder, kind, device), data.load_tokenizer(text)
 
 
@@ -213,7 +218,8 @@ def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.json, tokenizer_config.json, generation_config.json. Raises UsageError where
     something lies already, CheckpointError for a model that the format cannot express."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty: give another folder")
+        kind = "is not empty" if folder.is_dir() else "is a file"
+        raise UsageError(f"{folder} {kind}: give another folder")
     model.save_pretrained(folder)
     config = model.config
     bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))

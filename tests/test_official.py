@@ -343,6 +343,19 @@ def test_what_the_format_cannot_say_is_not_written(overrides, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_folder_that_cannot_be_written_ends_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file cannot be written: "):
+        DeepSeek(small()).save_pretrained(tmp_path / "file")
+    with torch.device("meta"):
+        model = DeepSeek(small())
+    with pytest.raises(CheckpointError, match="meta device"):
+        model.save_pretrained(tmp_path / "meta")
+    DeepSeek(small()).save_pretrained(tmp_path / "model")
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # who may read the configuration may read the weights
+
+
 @pytest.fixture(scope="module")
 def exported(corpus, tmp_path_factory):
     """A model trained for a few steps, as train.py leaves it and as sample.py exports it."""
@@ -423,6 +436,11 @@ def test_export_and_chat_refuse_and_answer(exported, run, monkeypatch, tmp_path)
     code, out, _ = run(f"sample --ckpt {exported}/hf --chat --max_new_tokens 4")
     assert code == 0 and len(out.splitlines()) == 3
     code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
-    assert code == 2 and "tokenizer.json" in err
+    assert code == 2 and "has neither ckpt.pt nor config.json" in err
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
+    assert code == 2 and "has no tokenizer.json" in err
+    code, _, err = run(f"sample --ckpt {exported}/hf --export {tmp_path}/config.json")
+    assert code == 2 and "is a file" in err
     code, _, err = run(f"sample --ckpt {tmp_path}/no/such --prompt x")
     assert code == 2 and "neither a folder nor a hub name" in err

@@ -181,7 +181,7 @@ def test_a_run_in_the_way_is_never_written_over(run, corpus, tmp_path):
         ("sample --ckpt {ckpt} --top_p 2", "--top_p"),
         ("sample --ckpt {ckpt} --top_k 0", "--top_k"),
         ("sample --ckpt {ckpt} --score {tmp}/none.txt", "is not a file"),
-        ("sample --ckpt {tmp}", "has no tokenizer.json"),
+        ("sample --ckpt {tmp}", "has neither ckpt.pt nor config.json"),
         ("sample --ckpt {out}", "is a folder"),
         ("sample --ckpt {ckpt} --prompt {long}", "tokens and the context 32"),
         ("sample --ckpt {cut}", "is damaged or not one"),
