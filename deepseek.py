@@ -261,9 +261,7 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
         return dim * math.log(context / (2 * math.pi * times)) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
-    high = min(
-        math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1
-    )  # as officially: not dim/2
+    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)  # as officially
     if low == high:
         high += 0.001  # a step instead of a ramp, without dividing by zero
     slowed = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = as it was, 1 = slowed by factor
@@ -1147,8 +1145,7 @@ BUILT_IN = {
     "tie_word_embeddings": False,
 }
 
-# What config.json may leave out, and what that means. The three losses and capacities that only
-# this program knows are among it.
+# What config.json may leave out, and what that means; also our own three fields of training.
 OFFICIAL_DEFAULTS = {
     "q_lora_rank": None,
     "n_shared_experts": 0,
