@@ -918,8 +918,8 @@ class DeepSeek(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and *.safetensors as official checkpoints have them, for transformers,
-        vLLM and `from_pretrained`. Earlier model*.safetensors in folder go.
+        """Write config.json and *.safetensors as official checkpoints have them, for transformers
+        and `from_pretrained`. Earlier model*.safetensors in folder go.
 
         Raises CheckpointError for a model that the official format cannot express, or a folder
         that cannot be written.

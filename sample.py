@@ -214,7 +214,7 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
 
 
 def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model and tokenizer so that transformers and vLLM load them: config.json, weights,
+    """Write model and tokenizer so that transformers loads them: config.json, weights,
     tokenizer.json, tokenizer_config.json, generation_config.json. Raises UsageError where
     something lies already, CheckpointError for a model that the format cannot express."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -4,7 +4,6 @@ Pretrain a DeepSeek-V2 of any size.
     python train.py                                        # tiny, built-in stories, five minutes
     python train.py --data my.txt --out out/mine           # your own text
     python train.py --resume --out out/mine                # go on where it stopped
-
 """
 
 # What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the log
