@@ -210,6 +210,12 @@ class Config:
 # ----------------------------------------------------------------------------------------------
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which matrix products of x are computed: its own dtype, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square and scale it per channel. [..., n] -> same."""
 
@@ -225,12 +231,6 @@ class RMSNorm(nn.Module):
         # matrix products that follow, so that each of them need not cast again.
         dtype = product_dtype(x)
         return self.weight.to(dtype) * x32.to(dtype)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which matrix products of x are computed: its own dtype, or autocast's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ----------------------------------------------------------------------------------------------
