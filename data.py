@@ -22,12 +22,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from stories import parse, tell
@@ -47,6 +49,7 @@ TOKENIZER_TEXT = 100 * 2**20  # characters that the tokenizer learns from, sprea
 IGNORE = -100  # a target that counts nothing
 
 HUB = {"tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt")}
+HUB_INSTRUCTIONS = {"alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")}
 
 
 class DataError(ValueError):
@@ -364,8 +367,9 @@ def cache_folder(fallback: Path) -> Path:
     return fallback / "cache"
 
 
-def prepare(source: str, vocab_size: int, cache: Path) -> Dataset:
-    """Tokenise a corpus, or find it prepared. Raises DataError, one sentence, if it is unusable."""
+def prepare(source: str, tokens: int | Tokenizer, cache: Path) -> Dataset:
+    """Tokenise a corpus, or find it prepared: by a tokenizer trained on it, of so many tokens, or
+    by a given one. Raises DataError, one sentence, if it is unusable."""
     files = find_corpus(source, cache)
     name = Path(source.replace(":", "-")).stem or "data"
     size = sum(f.stat().st_size for f in files)
@@ -375,14 +379,17 @@ def prepare(source: str, vocab_size: int, cache: Path) -> Dataset:
         found = scan(_counted(read_documents(files), b))
     if not found.documents:
         raise DataError(f"data {source!r} is empty: it holds no text")
-    key = f"{found.digest} {vocab_size} {FORMAT} {tokenizers.__version__}"
-    folder = cache / f"{name}-{vocab_size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
+    given = isinstance(tokens, Tokenizer)
+    which = tokens.to_str() if given else tokens
+    key = f"{found.digest} {which} {FORMAT} {tokenizers.__version__}"
+    size = tokens.get_vocab_size() if given else tokens
+    folder = cache / f"{name}-{size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         # Built under another name and renamed when complete: a half-written one is never found.
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=cache))
         try:
-            _write_tokens(files, found, vocab_size, partial)
+            _write_tokens(files, found, tokens, partial)
             try:
                 os.rename(partial, folder)
             except OSError:  # another process was faster
@@ -406,7 +413,7 @@ def _counted(pieces: Iterable[tuple[int, str]], bar: tqdm) -> Iterator[tuple[int
         yield document, text
 
 
-def _write_tokens(files: list[Path], found: Scan, vocab_size: int, folder: Path) -> None:
+def _write_tokens(files: list[Path], found: Scan, tokens: int | Tokenizer, folder: Path) -> None:
     def parts() -> Iterator[tuple[str, int, str]]:
         return split(read_documents(files), found.heldout)
 
@@ -414,7 +421,7 @@ def _write_tokens(files: list[Path], found: Scan, vocab_size: int, folder: Path)
     sampled = (
         text for i, (part, _, text) in enumerate(parts()) if part == "train" and not i % stride
     )
-    tokenizer = train_tokenizer(sampled, vocab_size)
+    tokenizer = train_tokenizer(sampled, tokens) if isinstance(tokens, int) else tokens
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     with tqdm(
@@ -523,6 +530,12 @@ class Batches:
         return rows[:, :-1], rows[:, 1:]
 
 
+def pad(rows: Sequence[np.ndarray], filler: int) -> Tensor:
+    """Rows of different lengths as one tensor, filled up on the right."""
+    tensors = [torch.from_numpy(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler)
+
+
 @dataclass
 class Windows:
     """Held-out documents cut into rows that cover every token once; see `windows`."""
@@ -567,15 +580,9 @@ def windows(
     batches, marks = [], []
     for i in range(0, len(rows), batch_size):
         group = rows[i : i + batch_size]
-        inputs = torch.zeros(len(group), len(group[0][0]) - 1, dtype=torch.long)
-        targets = torch.full_like(inputs, IGNORE)
-        recalled = torch.zeros_like(inputs, dtype=torch.bool)
-        for j, (ids, facts) in enumerate(group):
-            inputs[j, : len(ids) - 1] = torch.from_numpy(ids[:-1])
-            targets[j, : len(ids) - 1] = torch.from_numpy(ids[1:])
-            recalled[j, : len(ids) - 1] = torch.from_numpy(facts[1:])
-        batches.append((inputs, targets))
-        marks.append(recalled)
+        inputs = pad([ids[:-1] for ids, _ in group], 0)
+        batches.append((inputs, pad([ids[1:] for ids, _ in group], IGNORE)))
+        marks.append(pad([facts[1:] for _, facts in group], False))
     if not stories:
         return Windows(batches, count, n_bytes)
     return Windows(batches, count, n_bytes, nats / max(1, count), marks)
@@ -593,18 +600,146 @@ def read_story(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[float, np.ndarray
 
 def tokenize_file(path: str, tokenizer: Tokenizer) -> Tokens:
     """The documents of a text file, of whatever name, as tokens in memory, to be scored."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    ids, starts, number = [], [], None
     if not Path(path).is_file():
         raise DataError(f"{path} is not a file that could be scored")
-    for document, text in read_documents([Path(path)]):
+    tokens = tokenize(read_documents([Path(path)]), tokenizer)
+    if not len(tokens.ids):
+        raise DataError(f"{path} is empty: there is nothing to score")
+    return tokens
+
+
+def tokenize(pieces: Iterable[tuple[int, str]], tokenizer: Tokenizer) -> Tokens:
+    """Pieces of documents as `read_documents` gives them, as tokens in memory."""
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    ids, starts, number = [], [], None
+    for document, text in pieces:
         if document != number:
             ids += [eos] if number is not None else []
             starts.append(len(ids))
             ids.append(bos)
             number = document
         ids += tokenizer.encode(text).ids
-    if not ids:
-        raise DataError(f"{path} is empty: there is nothing to score")
-    ids.append(eos)
+    ids += [eos] if ids else []
     return Tokens(np.array(ids, np.uint32), np.array([*starts, len(ids)]))
+
+
+# ----------------------------------------------------------------------------------------------
+# Instructions: what a model is asked, and what it is to answer
+# ----------------------------------------------------------------------------------------------
+
+
+def read_instructions(source: str) -> list[tuple[str, str]]:
+    """(question, answer) pairs of a .json (a list) or .jsonl in Alpaca's form, or of a hub name.
+
+    The question is `instruction` and, where there is one, `input` on the next line; the answer is
+    `output`. Raises DataError, naming file and row, for a row without them.
+    """
+    if source in HUB_INSTRUCTIONS:
+        source = str(download(*HUB_INSTRUCTIONS[source]))
+    path, text = Path(source), "".join(read_text(Path(source)))
+    lines = path.suffix == ".jsonl"
+    try:
+        if lines:
+            numbered = enumerate(text.split("\n"), 1)
+            rows = [(number, json.loads(line)) for number, line in numbered if line.strip()]
+        else:
+            rows = list(enumerate(json.loads(text), 1))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
+    return [_pair(row, f"{path} {'line' if lines else 'row'} {number}") for number, row in rows]
+
+
+def _pair(row: Any, where: str) -> tuple[str, str]:
+    get = row.get if isinstance(row, dict) else lambda name: None
+    question, more, answer = get("instruction"), get("input") or "", get("output")
+    if not all(isinstance(text, str) for text in (question, more, answer)):
+        raise DataError(f'{where} is not an object with the texts "instruction" and "output"')
+    try:
+        (question + more + answer).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half a surrogate pair") from error
+    return "\n".join(part for part in (question, more) if part), answer
+
+
+def held_out_pairs(pairs: list[tuple[str, str]]) -> tuple[list, list]:
+    """Pairs to train on and pairs held out: about every 25th question, by its hash, so that equal
+    questions stay on one side. Raises DataError where nothing is left for one of them."""
+
+    def place(pair: tuple[str, str]) -> int:
+        return int.from_bytes(hashlib.blake2b(pair[0].encode(), digest_size=8).digest(), "little")
+
+    if len({question for question, _ in pairs}) < 2:
+        raise DataError("the data has fewer than two different questions: one is to be held out")
+    limit = max(2**64 // 25, min(map(place, pairs)))
+    train, val = [], []
+    for pair in pairs:
+        (val if place(pair) <= limit else train).append(pair)
+    return (train, val) if train else (val[:1], val[1:])
+
+
+@dataclass
+class Example:
+    """A dialogue of one question and its answer, as tokens."""
+
+    ids: np.ndarray  # [n] int64: bos, the question in the template, the answer, eos
+    answer: int  # where the answer begins
+
+
+def make_examples(
+    pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int
+) -> tuple[list[Example], dict[str, int]]:
+    """Examples of at most seq_len inputs, and how many were not taken as they are: an answer too
+    long is cut (and not followed by eos), an empty one or a question without room is left out."""
+    examples, counts = [], {"cut": 0, "empty": 0, "no_room": 0}
+    for question, answer in pairs:
+        begin = len(dialogue(tokenizer, [(question, None)]))
+        ids = np.array(dialogue(tokenizer, [(question, answer.strip())]))
+        if not answer.strip():
+            counts["empty"] += 1
+        elif begin > seq_len:
+            counts["no_room"] += 1
+        else:
+            counts["cut"] += len(ids) > seq_len + 1
+            examples.append(Example(ids[: seq_len + 1], begin))
+    return examples, counts
+
+
+def answers(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [b, t] of examples, padded on the right; only answers and eos count."""
+    targets = [np.where(np.arange(1, len(e.ids)) < e.answer, IGNORE, e.ids[1:]) for e in examples]
+    return pad([e.ids[:-1] for e in examples], 0), pad(targets, IGNORE)
+
+
+class AnswerBatches:
+    """Batches of examples of like length; `at(step)` depends on the seed and the step alone."""
+
+    def __init__(self, examples: list[Example], batch_size: int, seed: int):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.per_epoch = -(-len(examples) // batch_size)
+        self.epoch, self.order = -1, []
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step (from 0); in an epoch each example comes once."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size
+            order = rng.permutation(len(self.examples))
+            # Sorted by length within 50 batches: little padding, and yet other company each time.
+            groups = [
+                sorted(order[i : i + 50 * size], key=lambda e: len(self.examples[e].ids))
+                for i in range(0, len(order), 50 * size)
+            ]
+            batches = [g[i : i + size] for g in groups for i in range(0, len(g), size)]
+            self.epoch, self.order = epoch, [batches[i] for i in rng.permutation(len(batches))]
+        return answers([self.examples[e] for e in self.order[place]])
+
+
+def answer_windows(examples: list[Example], tokenizer: Tokenizer, batch_size: int) -> Windows:
+    """Examples to be evaluated: every token of an answer, and its eos, counts once."""
+    sizes = token_bytes(tokenizer)
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    said = [e.ids[e.answer :] for e in examples]
+    return Windows(
+        [answers(g) for g in groups], sum(map(len, said)), int(sum(sizes[s].sum() for s in said))
+    )

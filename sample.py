@@ -5,6 +5,7 @@ Let a trained model speak, score a text, have its stories judged, or write it ou
     python sample.py --ckpt out/ckpt.pt --num_samples 5 --temperature 0.7 --top_p 0.9
     python sample.py --ckpt out/ckpt.pt --score my.txt
     python sample.py --ckpt out/ckpt.pt --check 200
+    python sample.py --ckpt out/ckpt.pt --lora out/lora --chat
     python sample.py --ckpt out/ckpt.pt --export out/hf
     python sample.py --ckpt deepseek-ai/DeepSeek-V2-Lite-Chat --chat
 """
@@ -21,18 +22,9 @@ from tokenizers import Tokenizer, processors
 from tokenizers.decoders import DecodeStream
 
 import data
-from deepseek import DeepSeek, find_checkpoint
+from deepseek import DeepSeek, load_lora, merge_lora
 from stories import NotAStory, parse
-from train import (
-    Parser,
-    UsageError,
-    build_model,
-    choose_device,
-    evaluate,
-    load_checkpoint,
-    number,
-    run_script,
-)
+from train import Parser, UsageError, choose_device, evaluate, number, open_model, run_script
 
 LONGEST = 2048  # new tokens unless told otherwise: the cache for V2's context would take 11 GB
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -43,6 +35,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     places = "of train.py, or a folder or hub name in the official format (default: out/ckpt.pt)"
     add("--ckpt", default="out/ckpt.pt", help=places)
+    add("--lora", metavar="FOLDER", help="adapter of finetune.py or PEFT to add (default: none)")
     add("--prompt", help="text to continue (default: the beginning of a document)")
     add("--num_samples", type=number(int, 1), default=1, help="how many (default: 1)")
     longest = f"(default: until the context is full, at most {LONGEST})"
@@ -65,31 +58,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek, Tokenizer]:
-    """A model and its tokenizer: of a checkpoint of train.py (any file, or a name in .pt), or of
-    a folder or hub name in the official format. Raises UsageError or CheckpointError."""
-    kind = None if dtype == "auto" else getattr(torch, dtype)
-    if Path(source).is_file() or source.endswith(".pt") or (Path(source) / "ckpt.pt").exists():
-        state = load_checkpoint(source)
-        return build_model(state).to(device, kind), data.load_tokenizer(state["tokenizer"])
-    folder = find_checkpoint(source)
-    if not (folder / "config.json").exists():
-        raise UsageError(
-            f"{folder} has neither ckpt.pt nor config.json: give a model's folder or file"
-        )
-    try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        where = "that of its base model, or the one that --export wrote"
-        raise UsageError(f"{folder} has no tokenizer.json that can be read: add {where}") from error
-    return DeepSeek.from_pretrained(folder, kind, device), data.load_tokenizer(text)
-
-
 def main() -> None:
     args = make_parser().parse_args()
     device = choose_device(args.device)
     model, tokenizer = open_model(args.ckpt, device, args.dtype)
+    if args.lora:
+        load_lora(model, args.lora)
     if args.export:
+        merge_lora(model)
         export(model, tokenizer, Path(args.export))
         return
     if args.score:

@@ -30,15 +30,24 @@ from typing import Any, NoReturn
 import numpy as np
 import tokenizers
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
 from data import Batches, DataError, Windows
-from deepseek import PRESETS, CheckpointError, Config, ConfigError, DeepSeek
+from deepseek import (
+    PRESETS,
+    CheckpointError,
+    Config,
+    ConfigError,
+    DeepSeek,
+    find_checkpoint,
+    lora_state,
+)
 
-FORMAT = 1  # of ckpt.pt
+FORMAT = 2  # of ckpt.pt
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
@@ -135,14 +144,18 @@ def add_common_flags(parser: Parser) -> None:
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
     schedules = "step: x0.316 at 60%% and 90%%, as the paper; cosine: to a tenth (default: step)"
     add("--schedule", choices=["step", "cosine", "constant"], default="step", help=schedules)
+    add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
+    add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)")
     add("--eval_every", type=positive, help="steps between evaluations (default: a tenth of all)")
+    held_out = "held-out tokens in an evaluation (default: 50000)"
+    add("--eval_tokens", type=number(int, 1), default=50_000, help=held_out)
     add("--save_every", type=positive, help="steps between checkpoints (default: --eval_every)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights and data (default: 0)")
     add("--out", default="out", help="folder for checkpoint, log and curves (default: out)")
     add("--resume", action="store_true", help="go on with the run in --out (default: off)")
     add("--overwrite", action="store_true", help="replace the run in --out (default: off)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there)")
-    dtypes = "of the matrix products (default: auto, bfloat16 where a GPU computes it)"
+    dtypes = "of the matrix products (default: auto, bfloat16 where the machine computes it)"
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=dtypes)
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--checkpoint_activations", action="store_true", help="less memory, slower (default: off)")
@@ -203,7 +216,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 where the hardware computes it, fp16 on older CUDA cards, otherwise fp32."""
+    """auto: bf16 where the hardware computes it (on a CPU a third faster than fp32), fp16 on older
+    CUDA cards, otherwise fp32."""
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise UsageError("dtype float16 needs a CUDA card: use float32 or bfloat16")
@@ -211,6 +225,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":  # is_bf16_supported() would also count emulation
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # since 2.12
+        able = torch.cpu.get_capabilities()
+        if able.get("avx512_bf16") or able.get("amx_bf16"):
+            return torch.bfloat16
     return torch.float32
 
 
@@ -235,12 +253,12 @@ def free_memory(device: torch.device) -> int | None:
             return None
 
 
-def estimate_memory(config: Config, micro_batch: int, seq_len: int, checkpointing: bool) -> int:
-    """Bytes that training needs, roughly: weights, gradients and two Adam moments in fp32, and
-    what the backward pass needs of each token."""
-    c = config
-    with torch.device("meta"):
-        total, _ = DeepSeek(c).num_parameters()
+def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointing: bool) -> int:
+    """Bytes that training needs, roughly: the weights, gradients and two Adam moments in fp32 of
+    those that are trained, and what the backward pass needs of each token."""
+    c = model.config
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
     chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
     layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
@@ -248,7 +266,8 @@ def estimate_memory(config: Config, micro_batch: int, seq_len: int, checkpointin
         1 + c.num_hidden_layers * c.hidden_size / layer if checkpointing else c.num_hidden_layers
     )
     logits = 4 * min(micro_batch * seq_len * c.vocab_size, 2**25)
-    return int(16 * total + 4 * micro_batch * seq_len * layer * layers + 4 * logits + 3e8)
+    tokens = micro_batch * seq_len
+    return int(weights + 12 * trained + 4 * tokens * layer * layers + 4 * logits + 3e8)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -288,7 +307,11 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def build_model(state: dict[str, Any]) -> DeepSeek:
-    """The model of a checkpoint, on the CPU in fp32, in eval mode."""
+    """The model of a checkpoint, on the CPU in fp32, in eval mode. Raises UsageError."""
+    if state["adapters"]:
+        raise UsageError(
+            "the checkpoint is of adapters alone: give --ckpt their base and --lora their folder"
+        )
     with torch.device("meta"):
         model = DeepSeek(Config(**state["config"]))
     try:
@@ -296,6 +319,26 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
     except RuntimeError as error:
         raise UsageError("the checkpoint's tensors do not fit its own configuration") from error
     return model.eval()
+
+
+def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek, Tokenizer]:
+    """A model and its tokenizer: of a checkpoint of train.py (any file, or a name in .pt), or of
+    a folder or hub name in the official format. Raises UsageError or CheckpointError."""
+    kind = None if dtype == "auto" else getattr(torch, dtype)
+    if Path(source).is_file() or source.endswith(".pt") or (Path(source) / "ckpt.pt").exists():
+        state = load_checkpoint(source)
+        return build_model(state).to(device, kind), data.load_tokenizer(state["tokenizer"])
+    folder = find_checkpoint(source)
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} has neither ckpt.pt nor config.json: give a model's folder or file"
+        )
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        where = "that of its base model, or the one that --export wrote"
+        raise UsageError(f"{folder} has no tokenizer.json that can be read: add {where}") from error
+    return DeepSeek.from_pretrained(folder, kind, device), data.load_tokenizer(text)
 
 
 class Log:
@@ -307,6 +350,7 @@ class Log:
             lines = [header]
         else:  # steps after the checkpoint will be taken again
             lines = [r for r in read_log(self.path) if r.get("step", 0) <= resume_at] or [header]
+            lines = [r for r in lines if "val_loss_after" not in r]  # the summary of an earlier end
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -346,6 +390,7 @@ def draw_curves(log: Path, target: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     header, *records = read_log(log)
+    records = [r for r in records if "loss" in r]  # without a summary at the end
     if not records:
         return
     steps = np.array([r["step"] for r in records])
@@ -388,7 +433,9 @@ def draw_curves(log: Path, target: Path) -> None:
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter(NullFormatter())
     top.legend(frameon=False)
-    top.set_title(f"{header['args']['size']} on {Path(header['args']['data']).name}")
+    args = header["args"]
+    how = args.get("size") or ("all weights" if args["full"] else "LoRA")
+    top.set_title(f"{how} on {Path(args['data']).name}")
     middle.plot(steps, [r["lr"] for r in records], color="tab:green")
     middle.set_ylabel("learning rate")
     middle.set_ylim(bottom=0)
@@ -502,6 +549,8 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
     With --resume the stored flags replace args; typed ones may repeat them, and --steps may
     grow. Raises UsageError when that cannot be done without harm.
     """
+    if {"steps", "minutes"} <= typed:
+        raise UsageError("--steps and --minutes exclude each other: give one")
     out = Path(args.out)
     checkpoint = out / "ckpt.pt"
     if args.resume:
@@ -582,13 +631,15 @@ class Trainer:
         self.log = Log(self.out, header, self.step if state else None)
         self.forward = torch.compile(model) if args.compile else model
 
-    def save(self) -> None:
-        """ckpt.pt: all that is needed to go on exactly here, and to sample."""
+    def save(self, name: str = "ckpt.pt") -> None:
+        """All that is needed to go on exactly here, and to sample."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        adapters = lora_state(self.model)  # their base stays where it came from
         state = {
             "program": "deepseek.py",
             "format": FORMAT,
-            "model": self.model.state_dict(),
+            "model": adapters or self.model.state_dict(),
+            "adapters": bool(adapters),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config),
@@ -602,7 +653,7 @@ class Trainer:
             "args": vars(self.args),
             "versions": self.versions,
         }
-        save_checkpoint(self.out / "ckpt.pt", state)
+        save_checkpoint(self.out / name, state)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
         """One optimizer step on a batch [B, T], in --grad_accum pieces: log record, expert load."""
@@ -649,11 +700,13 @@ class Trainer:
         batch_at: Callable[[int], tuple[Tensor, Tensor]],
         evaluate: Callable[[], dict[str, float]],
         show: Callable[[], str],
+        keep: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train until --steps are done or Ctrl-C; return the last log record.
 
-        batch_at(step) gives inputs and targets; evaluate() what to log beside val_loss; show() a
-        line for the screen. With --minutes the first 20 steps tell how many there will be.
+        batch_at(step) gives inputs and targets; evaluate() val_loss and what to log beside it;
+        show() a line for the screen; keep() is called whenever val_loss is lower than ever. With
+        --minutes the first 20 steps tell how many there will be.
         """
         args, began, steps_began = self.args, time.perf_counter(), self.step
         seconds: list[float] = []
@@ -689,7 +742,9 @@ class Trainer:
             if last or self.step % every == 0:
                 record |= evaluate()
                 record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
-                self.best = min(self.best, record["val_loss"])
+                if record["val_loss"] < self.best:
+                    self.best = record["val_loss"]
+                    keep()
             self.log.write(record)
             bar.update()
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
@@ -734,10 +789,6 @@ def make_parser() -> Parser:
     sources = ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories (default: stories)"
     add("--data", default="stories", help=sources)
     add_common_flags(parser)
-    add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
-    add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)")
-    held_out = "held-out tokens in an evaluation (default: 50000)"
-    add("--eval_tokens", type=number(int, 1), default=50_000, help=held_out)
     add_config_flags(parser)
     return parser
 
@@ -795,8 +846,6 @@ def main() -> None:
     # 1. What is asked for, and does it go on from something?
     parser = make_parser()
     args, typed = parser.parse_args(), parser.explicit()
-    if args.steps and args.minutes:
-        raise UsageError("--steps and --minutes exclude each other: give one")
     overrides = config_overrides(args)
     state = open_run(args, typed)
     if state is None:
@@ -827,9 +876,10 @@ def main() -> None:
 
     # 3. Model
     config = Config(**state["config"]) if state else choose_config(args, overrides, tokenizer)
-    memory = check_memory(
-        estimate_memory(config, piece, args.seq_len, args.checkpoint_activations), device
-    )
+    with torch.device("meta"):
+        needed = DeepSeek(config)
+    needed = estimate_memory(needed, piece, args.seq_len, args.checkpoint_activations)
+    memory = check_memory(needed, device)
     model = build_model(state) if state else DeepSeek(config)
     notes = {"floor": held_out.floor} if stories else {}
     trainer = Trainer(args, model, tokenizer, corpus.digest, device, dtype, state, notes)

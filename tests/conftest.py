@@ -1,14 +1,21 @@
 """What several tests need: small models, the independent implementation, runs of the scripts."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import finetune
 import sample
 import train
 from deepseek import YARN_V2, Config, DeepSeek
+
+ROOT = Path(train.__file__).parent
 
 # dn, dr, dv, R all different, two dense layers possible, 8 experts in 4 groups
 SMALL = dict(
@@ -58,8 +65,22 @@ MODEL = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
     " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
     " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
-    " --seq_len 32 --batch_size 4 --eval_tokens 500"
+    " --seq_len 32 --batch_size 4 --eval_tokens 500 --dtype float32"
 )
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +98,28 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """A checkpoint of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    environment = os.environ | {"DEEPSEEK_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
+    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
+    subprocess.run(
+        [*command, "--steps", "2", "--out", str(folder)],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    return folder / "ckpt.pt"
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
 
     def run(line: str):
         name, *arguments = line.split()
-        script = {"train": train, "sample": sample}[name]
+        script = {"train": train, "finetune": finetune, "sample": sample}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:

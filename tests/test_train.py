@@ -1,6 +1,5 @@
 """The scripts as a user runs them: a run, its interruption, its resumption, and bad input."""
 
-import json
 import math
 import os
 import signal
@@ -11,29 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, ROOT, log_of, same
 
 import data
 import sample
 import stories
 import train
 from deepseek import Config
-
-ROOT = Path(train.__file__).parent
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
@@ -202,21 +185,6 @@ def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, me
     assert code == 2
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
     assert not (tmp_path / "out" / "ckpt.pt").exists()
-
-
-@pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):
-    """A checkpoint of two steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    environment = os.environ | {"DEEPSEEK_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
-    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
-    subprocess.run(
-        [*command, "--steps", "2", "--out", str(folder)],
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
-    return folder / "ckpt.pt"
 
 
 def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):

@@ -1,0 +1,367 @@
+"""
+Teach a trained model to do what it is told, with LoRA: small matrices beside frozen weights.
+
+    python finetune.py --ckpt out/ckpt.pt                        # built-in instructions, scored
+    python finetune.py --ckpt out/ckpt.pt --data my.json         # Alpaca's form, or .jsonl, alpaca
+    python finetune.py --ckpt out/ckpt.pt --data my.txt          # more pretraining, on raw text
+    python sample.py --ckpt out/ckpt.pt --lora out/lora --chat   # talk to it
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import data
+import stories
+from data import DataError, Windows
+from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, detach_lora, load_lora, save_lora
+from train import (
+    Parser,
+    Trainer,
+    UsageError,
+    add_common_flags,
+    check_memory,
+    choose_device,
+    choose_dtype,
+    estimate_memory,
+    evaluate,
+    evaluating,
+    load_checkpoint,
+    number,
+    open_model,
+    open_run,
+    print_unless_quiet,
+    run_script,
+    write_sample,
+)
+
+RECIPE = dict(batch_size=32, grad_accum=1, lr=2e-3, warmup=20)
+FULL_RECIPE = dict(lr=5e-4)
+EPOCHS = 3  # unless --steps or --minutes say otherwise
+BUILT_IN_MINUTES = 3.5  # what the built-in instructions take instead, besides being scored twice
+TASKS = 20_000  # built-in instructions to train on, of `--data stories`
+HELD_OUT_TASKS = 300
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add, positive = parser.add_argument, number(int, 1)
+    bases = "of train.py, or a folder or hub name in the official format (default: out/ckpt.pt)"
+    add("--ckpt", default="out/ckpt.pt", help=f"the model to start from: {bases}")
+    sources = "stories, stories:N, alpaca; .json or .jsonl of instructions; .txt (default: stories)"
+    add("--data", default="stories", help=sources)
+    add("--rank", type=positive, default=8, help="of an adapter (default: 8)")
+    add("--alpha", type=number(float, 0, above=True), default=16.0, help="its scale (default: 16)")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="before it (default: 0)")
+    targets = f"layers to adapt, by name (default: the attention's: {' '.join(MLA_PROJECTIONS)})"
+    add("--targets", nargs="+", metavar="NAME", default=list(MLA_PROJECTIONS), help=targets)
+    add("--full", action="store_true", help="train all weights, without LoRA (default: off)")
+    add_common_flags(parser)
+    parser.set_defaults(out="out/lora")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------
+# What it is taught: instructions, or raw text
+# ----------------------------------------------------------------------------------------------
+
+
+class Lesson(NamedTuple):
+    """What is to be learned, whatever kind of text it is."""
+
+    batch_at: Callable[[int], tuple[Tensor, Tensor]]
+    batches: int  # in an epoch
+    held_out: Windows
+    digest: str  # of the text
+    tasks: list[stories.Task]  # held-out instructions that can be judged; of other data none
+    about: str  # a line for the screen
+    question: str | None  # one that is not trained on; None for raw text
+
+
+def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
+    """Read --data. Raises DataError or UsageError."""
+    source, piece = args.data, args.batch_size // args.grad_accum
+    if source.endswith(".txt") or Path(source).is_dir():
+        return raw_text(args, tokenizer, piece)
+    tasks: list[stories.Task] = []
+    if source.partition(":")[0] == "stories":
+        count = source.partition(":")[2] or str(TASKS)
+        if not count.isdecimal() or not 1 <= int(count) <= 10**7:
+            raise DataError(f"data {source!r} must be stories, or stories:N with N from 1 to 10**7")
+        taught = itertools.islice(stories.instructions(args.seed), int(count))
+        train = [(task.instruction, task.answer) for task in taught]
+        tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
+        val = [(task.instruction, task.answer) for task in tasks]
+    elif source in data.HUB_INSTRUCTIONS or Path(source).suffix in (".json", ".jsonl"):
+        train, val = data.held_out_pairs(data.read_instructions(source))
+    else:
+        raise UsageError(
+            f"--data {source!r} must be stories, {', '.join(data.HUB_INSTRUCTIONS)}, a .json or"
+            " .jsonl of instructions, or a .txt"
+        )
+    whole = hashlib.blake2b(repr((train, val)).encode()).hexdigest()
+    examples, counts = data.make_examples(train, tokenizer, args.seq_len)
+    held_out, _ = data.make_examples(val, tokenizer, args.seq_len)
+    if not examples or not held_out:
+        raise DataError(f"{source} holds no instruction that fits into {args.seq_len} tokens")
+    batches = data.AnswerBatches(examples, args.batch_size, args.seed)
+    remarks = {"cut": "answers cut", "empty": "without an answer left out"}
+    remarks["no_room"] = "left out because the question is too long"
+    about = ", ".join(
+        [f"{len(examples):,} instructions, {len(held_out):,} held out"]
+        + [f"{counts[k]:,} {text}" for k, text in remarks.items() if counts[k]]
+    )
+    windows = data.answer_windows(held_out, tokenizer, max(8, piece))
+    return Lesson(batches.at, batches.per_epoch, windows, whole, tasks, about, val[0][0])
+
+
+def raw_text(args: argparse.Namespace, tokenizer: Tokenizer, piece: int) -> Lesson:
+    """Domain adaptation: documents as in pretraining, cut by the model's own tokenizer."""
+    corpus = data.prepare(args.data, tokenizer, data.cache_folder(Path(args.out)))
+    batches = data.Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
+    held_out = data.windows(corpus.val, tokenizer, args.seq_len, max(8, piece), args.eval_tokens)
+    if not held_out.tokens:
+        raise DataError(f"{args.data} is too short to hold anything out: give more text")
+    about = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
+    epoch = -(-len(batches.starts) // args.batch_size)
+    return Lesson(batches.at, epoch, held_out, corpus.digest, [], about, None)
+
+
+# ----------------------------------------------------------------------------------------------
+# How well it does what it is told
+# ----------------------------------------------------------------------------------------------
+
+
+def answer(
+    model: DeepSeek, tokenizer: Tokenizer, questions: list[str], rows: int = 50
+) -> list[str]:
+    """The greedy answers to questions, so many at a time."""
+    prompts = [data.dialogue(tokenizer, [(question, None)]) for question in questions]
+    order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    with evaluating(model):
+        for at in range(0, len(order), rows):
+            chosen = order[at : at + rows]
+            stream = model.generate(
+                [prompts[i] for i in chosen],
+                model.config.max_position_embeddings,
+                temperature=0,
+                stop=model.config.eos_token_id,
+                vocab_size=tokenizer.get_vocab_size(),
+            )
+            texts = tokenizer.decode_batch(torch.stack(list(stream), 1).tolist())
+            said |= dict(zip(chosen, texts, strict=True))
+    return [said[i].strip() for i in range(len(prompts))]
+
+
+def judge(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> dict[str, Any]:
+    """The share of tasks answered right, in all and by kind, and the answers."""
+    answers = answer(model, tokenizer, [task.instruction for task in tasks])
+    right, asked = Counter(), Counter(task.kind for task in tasks)
+    for task, text in zip(tasks, answers, strict=True):
+        right[task.kind] += stories.is_right(task, text)
+    by_kind = {kind: round(right[kind] / n, 4) for kind, n in sorted(asked.items())}
+    return {"right": round(right.total() / len(tasks), 4), "by_kind": by_kind, "answers": answers}
+
+
+def print_scores(tasks: list[stories.Task], before: dict, after: dict) -> None:
+    """A table by kind, and of each kind one task with the answer before and after."""
+    print(f"\n{'held-out tasks':<16}{'asked':>6}{'before':>9}{'after':>9}")
+    for kind in [*after["by_kind"], "all"]:
+        asked = sum(kind in (task.kind, "all") for task in tasks)
+        shares = [s["right"] if kind == "all" else s["by_kind"][kind] for s in (before, after)]
+        print(f"{kind:<16}{asked:>6}{shares[0]:>9.1%}{shares[1]:>9.1%}")
+    for kind in after["by_kind"]:
+        i = [task.kind for task in tasks].index(kind)
+        print(f"\n{tasks[i].instruction}")
+        for when, score in (("before", before), ("after", after)):
+            text = " ".join(score["answers"][i].split())
+            mark = "right" if stories.is_right(tasks[i], score["answers"][i]) else "wrong"
+            print(f"  {when}, {mark}: {text[:200]}{'...' if len(text) > 200 else ''}")
+
+
+def plain_stories(tokenizer: Tokenizer, seq_len: int) -> Windows:
+    """A hundred stories that no training text holds, to see what was forgotten."""
+    texts = ((i, stories.tell(10**9 + i).text) for i in range(100))
+    return data.windows(data.tokenize(texts, tokenizer), tokenizer, seq_len, 16)
+
+
+def example(model: DeepSeek, tokenizer: Tokenizer, question: str | None) -> str:
+    """What the model says now, on one line."""
+    if question is None:
+        return " ".join(write_sample(model, tokenizer, model.lm_head.weight.device).split())
+    said = " ".join(answer(model, tokenizer, [question])[0].split())
+    return f"{' '.join(question.split())[:100]} -> {said[:100]}"
+
+
+def print_summary(args: argparse.Namespace, summary: dict[str, Any]) -> None:
+    """The losses before and after, and how to go on."""
+    names = {"val_loss": "held out, nats/token", "val_bpb": "held out, bits/byte"}
+    names |= {"plain_loss": "plain stories, nats/token"}
+    for name, meaning in names.items():
+        if f"{name}_before" in summary:
+            off = summary.get(f"{name}_off")
+            print(
+                f"{meaning}: {summary[f'{name}_before']:.4f} before,"
+                f" {summary[f'{name}_after']:.4f} after"
+                + (f", {off:.4f} with the adapter off" if off else "")
+            )
+    model = f"{args.out}/best.pt" if args.full else f"{args.ckpt} --lora {args.out}"
+    print(f"next: python sample.py --ckpt {model} --chat")
+
+
+def weights_digest(model: DeepSeek) -> str:
+    """A hash of all weights, by which a resumed run knows its base."""
+    whole = hashlib.blake2b()
+    for name, tensor in model.state_dict().items():
+        whole.update(name.encode())
+        whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------
+
+
+def choose_recipe(args: argparse.Namespace, config: Config) -> None:
+    """Fill in what was not typed, but for the number of steps."""
+    for name, value in (RECIPE | FULL_RECIPE if args.full else RECIPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.seq_len = args.seq_len or min(4096, config.max_position_embeddings)
+    if args.seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--seq_len {args.seq_len} is more than the model's context,"
+            f" {config.max_position_embeddings}"
+        )
+    if args.batch_size % args.grad_accum:
+        raise UsageError(
+            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
+        )
+
+
+def keep(trainer: Trainer) -> None:
+    """Write down what has done best so far on what is held out."""
+    if trainer.args.full:
+        trainer.save("best.pt")
+    else:
+        save_lora(trainer.model, trainer.out, base=trainer.args.ckpt)
+
+
+def take_kept(trainer: Trainer) -> None:
+    """Go back to what `keep` wrote."""
+    if trainer.args.full:
+        trainer.model.load_state_dict(load_checkpoint(trainer.out / "best.pt")["model"])
+    else:
+        detach_lora(trainer.model)
+        load_lora(trainer.model, trainer.out)
+
+
+def main() -> None:
+    # 1. What is asked for, and does it go on from something?
+    parser = make_parser()
+    args, typed = parser.parse_args(), parser.explicit()
+    state = open_run(args, typed)
+    if state and state["step"] >= (args.steps or math.inf):
+        print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
+        return
+    device = choose_device(args.device)
+    dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
+
+    # 2. The base, and what it is to learn
+    torch.manual_seed(args.seed)
+    model, tokenizer = open_model(args.ckpt, device, "auto")
+    choose_recipe(args, model.config)
+    lesson = prepare(args, tokenizer)
+    if not args.steps and not args.minutes:
+        args.steps = None if lesson.tasks else EPOCHS * lesson.batches
+        args.minutes = BUILT_IN_MINUTES if lesson.tasks else None
+    digest = hashlib.blake2b((lesson.digest + weights_digest(model)).encode()).hexdigest()
+    if state and state["text"] != digest:
+        raise UsageError(
+            f"--data {args.data} or --ckpt {args.ckpt} has changed since the run began: start"
+            " another run"
+        )
+
+    # 3. How good is it before?
+    def measure() -> dict[str, Any]:
+        result = evaluate(model, lesson.held_out, device, dtype)
+        if lesson.tasks:
+            result |= judge(model, tokenizer, lesson.tasks)
+            plain = plain_stories(tokenizer, args.seq_len)
+            result["plain_loss"] = evaluate(model, plain, device, dtype)["val_loss"]
+        return result
+
+    before = measure()
+
+    # 4. What is trained
+    if args.full:
+        model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
+    else:
+        add_lora(model, args.rank, args.alpha, args.targets, args.dropout)
+    if state:
+        model.load_state_dict(state["model"], strict=args.full)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    piece = args.batch_size // args.grad_accum
+    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations)
+    memory = check_memory(needed, device)
+    trainer = Trainer(args, model, tokenizer, digest, device, dtype, state)
+    kept = "best.pt" if args.full else "adapter_model.safetensors, adapter_config.json"
+    for line in (
+        f"model    {args.ckpt}: {total:,} parameters, {trained:,} trained ({trained / total:.1%})",
+        f"text     {args.data}: {lesson.about}",
+        f"step     {args.batch_size} x up to {args.seq_len} tokens, {lesson.batches:,} an epoch",
+        f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
+        f"writes   {kept}, ckpt.pt, log.jsonl, curves.png in {args.out}",
+        *([f"resumes  after step {trainer.step}"] if trainer.step else []),
+    ):
+        print_unless_quiet(args, line)
+
+    # 5. Train
+    trainer.fit(
+        lesson.batch_at,
+        lambda: evaluate(model, lesson.held_out, device, dtype),
+        lambda: example(model, tokenizer, lesson.question),
+        lambda: keep(trainer),
+    )
+    if trainer.stop and trainer.step < (args.steps or math.inf):
+        again = f"python finetune.py --resume --out {args.out}"
+        print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
+        return
+
+    # 6. What came out: of the step that did best, not of the last
+    take_kept(trainer)
+    after = measure()
+    summary = {"step": trainer.step, "trainable": trained, "total": total}
+    for name in ("val_loss", "val_bpb", "right", "plain_loss"):
+        if name in after:
+            summary |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    if lesson.tasks:
+        summary["by_kind"] = after["by_kind"]
+        if not args.full:
+            back = detach_lora(model)
+            plain = plain_stories(tokenizer, args.seq_len)
+            summary["plain_loss_off"] = evaluate(model, plain, device, dtype)["val_loss"]
+            back()
+    trainer.log.write(summary)
+    trainer.log.flush()
+    if args.log_level != "quiet":
+        if lesson.tasks:
+            print_scores(lesson.tasks, before, after)
+        print_summary(args, summary)
+
+
+if __name__ == "__main__":
+    run_script(main)

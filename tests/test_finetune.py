@@ -1,0 +1,361 @@
+"""Fine-tuning: what is asked, what counts, what is kept, and what a user can do wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, log_of, same
+from safetensors.torch import load_file
+
+import data
+import finetune
+import stories
+import train
+from data import IGNORE, DataError, Example
+from deepseek import load_lora
+
+PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
+
+
+def rows(pairs):
+    return [{"instruction": q, "input": "", "output": a} for q, a in pairs]
+
+
+@pytest.fixture
+def cats(tmp_path):
+    path = tmp_path / "cats.json"
+    path.write_text(json.dumps(rows(PAIRS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer([" ".join(pair) for pair in PAIRS], 400)
+
+
+# ----------------------------------------------------------------------------------------------
+# Instructions as data
+# ----------------------------------------------------------------------------------------------
+
+
+def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
+    content = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "more": 1},
+        {"instruction": "Say hi.", "output": "hi"},
+        {"instruction": "Say hü.", "input": None, "output": ""},
+    ]
+    expected = [("Add.\n1 and 2", "3"), ("Say hi.", "hi"), ("Say hü.", "")]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    assert data.read_instructions(str(tmp_path / "a.json")) == expected
+    assert data.read_instructions(str(tmp_path / "a.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", '[{"instruction": "a", "output": "b"}, {"output": "b"}]', "a.json row 2 is not"),
+        ("a.json", '[{"instruction": "a", "output": 3}]', "a.json row 1 is not"),
+        ("a.json", '[{"instruction": "a", "input": 3, "output": "b"}]', "a.json row 1 is not"),
+        ("a.json", '["a"]', "a.json row 1 is not"),
+        ("a.json", '[{"instruction": "\\ud800", "output": "b"}]', "row 1 holds half a surrogate"),
+        ("a.json", "[", "cannot be read as JSON"),
+        ("a.json", "3", "cannot be read as JSON"),
+        ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
+        ("a.jsonl", "{", "cannot be read as JSONL"),
+        ("a.json", b"\xff", "byte 0 is wrong"),
+        ("b.json", "[]", "a.json cannot be read"),
+    ],
+)
+def test_unusable_rows_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        data.read_instructions(str(tmp_path / name.replace("b.", "a.")))
+
+
+def test_alpaca_comes_from_the_hub(cats, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "download", lambda *what: asked.append(what) or cats)
+    assert data.read_instructions("alpaca") == PAIRS
+    assert asked == [("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")]
+
+
+def test_equal_questions_are_held_out_together_and_never_nothing():
+    pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
+    taught, held_out = data.held_out_pairs(pairs)
+    assert sorted(taught + held_out) == sorted(pairs)
+    assert not {q for q, _ in taught} & {q for q, _ in held_out}
+    assert 0 < len(held_out) < 0.15 * len(pairs)
+    for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
+        taught, held_out = data.held_out_pairs(few)
+        assert taught and held_out
+    with pytest.raises(DataError, match="fewer than two different questions"):
+        data.held_out_pairs(PAIRS[:1] * 5)
+
+
+def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
+    (example,), counts = data.make_examples([PAIRS[3]], tokenizer, 100)
+    assert not any(counts.values())
+    text = "User: How big is cat 3?\n\nAssistant: Cat 3 is big."
+    assert example.ids.tolist() == [0, *tokenizer.encode(text).ids, 1]
+    inputs, targets = data.answers([example])
+    assert inputs.tolist() == [example.ids[:-1].tolist()]
+    counted = targets[targets != IGNORE]
+    assert tokenizer.decode(counted[:-1].tolist()) == " Cat 3 is big." and counted[-1] == 1
+    assert torch.equal(targets[0, -len(counted) :], counted)
+
+
+def test_special_tokens_typed_into_a_question_or_an_answer_stay_text(tokenizer):
+    (example,), _ = data.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
+    assert (example.ids[0], example.ids[-1]) == (0, 1)
+    assert not np.isin(example.ids[1:-1], [0, 1]).any()
+
+
+def test_long_answers_are_cut_and_empty_ones_left_out_with_a_count(tokenizer):
+    pairs = [PAIRS[0], ("Talk!", "cat " * 500), ("Nothing?", " \n"), ("big " * 500, "cat")]
+    examples, counts = data.make_examples(pairs, tokenizer, 50)
+    assert counts == {"cut": 1, "empty": 1, "no_room": 1}
+    whole, cut = examples
+    assert whole.ids[-1] == 1 and len(cut.ids) == 51
+    assert cut.ids[-1] != 1  # a cut answer does not end
+    inputs, targets = data.answers(examples)
+    assert inputs.shape == targets.shape == (2, 50)
+
+
+def some_examples(n=500):
+    rng = np.random.default_rng(0)
+    return [Example(np.arange(2, 2 + length), 3) for length in rng.integers(6, 90, n)]
+
+
+def test_an_epoch_has_each_example_once_in_batches_of_like_length():
+    examples = some_examples()
+    batches = data.AnswerBatches(examples, 8, seed=1)
+    assert batches.per_epoch == 63
+    lengths, padding, seen = [len(e.ids) for e in examples], 0, []
+    for step in range(63):
+        inputs, _ = batches.at(step)
+        own = (inputs != 0).sum(1)
+        padding += int(inputs.numel() - own.sum())
+        seen += [int(n) + 1 for n in own]
+    assert sorted(seen) == sorted(lengths)
+    assert padding < 0.05 * sum(lengths)
+
+
+def test_batches_of_answers_depend_on_seed_and_step_alone():
+    examples = some_examples()
+    one, two = (data.AnswerBatches(examples, 8, seed=1) for _ in range(2))
+    for step in (3, 70, 3):
+        a, b = one.at(step), two.at(step)
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    other = data.AnswerBatches(examples, 8, seed=2)
+    assert not all(torch.equal(one.at(s)[0], other.at(s)[0]) for s in range(3))
+    assert not all(torch.equal(one.at(s)[0], one.at(s + 63)[0]) for s in range(3))
+
+
+def test_padding_changes_nothing(tokenizer, trained):
+    model = train.build_model(train.load_checkpoint(trained))
+    pairs = [("Big?", "Yes."), ("Cat 7?", "Cat 7 is big, very big."), ("Who?", "I")]
+    examples, _ = data.make_examples(pairs, tokenizer, 31)
+    assert len({len(e.ids) for e in examples}) == 3
+    with torch.no_grad():
+        together = model(*(t.clamp(max=319) for t in data.answers(examples))).loss
+        alone = [model(*(t.clamp(max=319) for t in data.answers([e]))).loss for e in examples]
+    sizes = torch.tensor([float(len(e.ids) - e.answer) for e in examples])
+    expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
+    assert together.item() == pytest.approx(expected.item(), rel=1e-5)
+    windows = data.answer_windows(examples, tokenizer, 2)
+    assert windows.tokens == sizes.sum() and len(windows.rows) == 2
+    assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
+
+
+# ----------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", ["", "--full"])
+def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
+    before = trained.read_bytes()
+    out = tmp_path / "o"
+    line = f"finetune --ckpt {trained} --data {cats} {full} --steps 30 --lr 0.03 --warmup 2"
+    code, text, err = run(f"{line} --batch_size 8 --dtype float32 --rank 4 --out {out}")
+    assert code == 0, err
+    assert "instructions" in text and "held out, nats/token" in text
+    kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
+    assert {p.name for p in out.iterdir()} == kept | {"ckpt.pt", "log.jsonl", "curves.png"}
+    assert trained.read_bytes() == before
+    header, *records, summary = log_of(out)
+    assert [r["step"] for r in records] == list(range(1, 31))
+    assert summary["val_loss_after"] < summary["val_loss_before"] - 0.2
+    best = min(r["val_loss"] for r in records if "val_loss" in r)
+    assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
+    model, tokenizer = train.open_model(str(trained), torch.device("cpu"), "auto")
+    total, _ = model.num_parameters()
+    rank = 4 * sum(sum(m.weight.shape) for n, m in model.named_modules() if n.endswith("_proj") and
+                   "self_attn" in n or n.endswith("mqa"))  # fmt: skip
+    assert summary["trainable"] == (total if full else rank)
+    assert summary["total"] == (total if full else total + rank)
+
+    prompt = "--chat --temperature 0 --max_new_tokens 9 --prompt Big?"
+    place = f"--ckpt {out}/best.pt" if full else f"--ckpt {trained} --lora {out}"
+    assert run(f"sample {place} {prompt}")[1] != run(f"sample --ckpt {trained} {prompt}")[1]
+    if full:
+        return
+    code, _, err = run(f"sample --ckpt {out}/ckpt.pt --prompt a")
+    assert code == 2 and "adapters alone" in err and err.count("\n") == 1
+    assert run(f"sample {place} --export {tmp_path}/hf")[0] == 0
+    exported = run(f"sample --ckpt {tmp_path}/hf {prompt}")[1]
+    assert exported == run(f"sample {place} {prompt}")[1]
+    load_lora(model, out)
+    adapted = model(torch.arange(20)[None]).logits
+    merged, _ = train.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
+    assert torch.allclose(merged(torch.arange(20)[None]).logits, adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", ["", "--dropout 0.2 --dtype bfloat16 --grad_accum 2", "--full"])
+def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, extra):
+    line = f"finetune --ckpt {trained} --data {cats} --batch_size 8 --lr 0.01 --warmup 1 {extra}"
+    line += " --schedule constant --log_level quiet --eval_every 3"
+    assert run(f"{line} --steps 12 --out {tmp_path}/whole")[0] == 0
+    assert run(f"{line} --steps 6 --out {tmp_path}/parts")[0] == 0
+    assert run(f"finetune --resume --steps 12 --out {tmp_path}/parts")[0] == 0
+    a, b = (train.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
+    for key in ("model", "optimizer", "rng", "step", "tokens", "best_val_loss"):
+        assert same(a[key], b[key]), key
+    whole, parts = (log_of(tmp_path / n)[1:] for n in ("whole", "parts"))
+    for key in ("step", "loss", "val_loss_after"):
+        assert [r.get(key) for r in whole] == [r.get(key) for r in parts]
+    code, out, _ = run(f"finetune --resume --out {tmp_path}/parts --log_level info")
+    assert code == 0 and "finished: 12 steps" in out
+
+
+def test_where_the_loss_rises_again_the_earlier_adapter_stays(run, trained, cats, tmp_path):
+    line = f"finetune --ckpt {trained} --data {cats} --batch_size 8 --warmup 0 --dtype float32"
+    line += f" --schedule constant --eval_every 1 --rank 2 --out {tmp_path}/o"
+    assert run(f"{line} --steps 4 --lr 0.01")[0] == 0
+    kept = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
+    state["best_val_loss"] = 0.0  # as if no later step could be better
+    train.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
+    assert run(f"finetune --resume --steps 6 --out {tmp_path}/o")[0] == 0
+    assert same(load_file(tmp_path / "o" / "adapter_model.safetensors"), kept)
+    *_, last = log_of(tmp_path / "o")
+    model, tokenizer = train.open_model(str(trained), torch.device("cpu"), "auto")
+    load_lora(model, tmp_path / "o")
+    held_out = data.make_examples(
+        data.held_out_pairs(data.read_instructions(str(cats)))[1], tokenizer, 32
+    )[0]
+    windows = data.answer_windows(held_out, tokenizer, 8)
+    loss = train.evaluate(model, windows, torch.device("cpu"), torch.float32)["val_loss"]
+    assert last["val_loss_after"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_path):
+    (tmp_path / "dogs.txt").write_text("The dog 7 sat on the rug. " * 400)
+    line = f"finetune --ckpt {trained} --data {tmp_path}/dogs.txt --steps 20 --lr 0.03 --warmup 2"
+    code, out, _ = run(f"{line} --batch_size 8 --out {tmp_path}/o")
+    *_, summary = log_of(tmp_path / "o")
+    assert code == 0 and "held out, bits/byte" in out
+    assert summary["val_bpb_after"] < summary["val_bpb_before"] - 0.3
+    stored = train.load_checkpoint(trained)["tokenizer"]
+    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["tokenizer"] == stored
+
+
+def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "HELD_OUT_TASKS", 12)
+    line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
+    assert run(f"{line} --log_level quiet")[0] == 0
+    line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
+    code, out, _ = run(f"{line} --dtype float32 --out {tmp_path}/o")
+    *_, summary = log_of(tmp_path / "o")
+    assert code == 0 and "held-out tasks" in out and out.count("before, wrong:") >= 4
+    assert summary["right_before"] == summary["right_after"] == 0
+    assert set(summary["by_kind"]) <= set(stories.TASKS) and len(summary["by_kind"]) >= 4
+    assert summary["plain_loss_off"] == summary["plain_loss_before"]
+    assert summary["plain_loss_after"] != summary["plain_loss_before"]
+    assert 0 < summary["trainable"] < 0.2 * summary["total"]
+
+
+def test_answers_are_judged_by_kind(monkeypatch):
+    tasks = [t for t, _ in zip(stories.instructions(3, held_out=True), range(60), strict=False)]
+    said = [t.answer if t.kind != "who" else "Nobody." for t in tasks]
+    monkeypatch.setattr(finetune, "answer", lambda *_: said)
+    score = finetune.judge(None, None, tasks)
+    assert score["by_kind"]["who"] == 0
+    assert {v for k, v in score["by_kind"].items() if k != "who"} == {1}
+    who = sum(t.kind == "who" for t in tasks)
+    assert score["right"] == pytest.approx(1 - who / 60, abs=1e-4)
+
+
+def test_answers_together_are_those_one_by_one(trained):
+    state = train.load_checkpoint(trained)
+    model, tokenizer = train.build_model(state), data.load_tokenizer(state["tokenizer"])
+    questions = ["a", "What?", "b"]
+    assert all(len(data.dialogue(tokenizer, [(q, None)])) < 31 for q in questions)
+    together = finetune.answer(model, tokenizer, questions, rows=2)
+    assert together == [finetune.answer(model, tokenizer, [q])[0] for q in questions]
+
+
+def test_built_in_tasks_held_out_share_no_hero_and_thing_with_the_taught():
+    def combinations(seed, held_out, n):
+        tasks = stories.instructions(seed, held_out)
+        return {(t.facts["hero"], t.facts["thing"]) for t, _ in zip(tasks, range(n), strict=False)}
+
+    assert not combinations(0, False, 2000) & combinations(0, True, 300)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--data {tmp}/cats.csv", "must be stories, alpaca, a .json"),
+        ("--data {tmp}/none.json", "none.json cannot be read"),
+        ("--data {tmp}/empty.json", "fewer than two different questions"),
+        ("--data {tmp}/none.txt", "neither a file"),
+        ("--data stories:0", "N from 1"),
+        ("--data {tmp}/long.json", "no instruction that fits into 32 tokens"),
+        ("--data {cats} --targets nothing", "target 'nothing' is no linear layer"),
+        ("--data {cats} --rank 0", "--rank"),
+        ("--data {cats} --alpha nan", "--alpha"),
+        ("--data {cats} --dropout 1", "--dropout"),
+        ("--data {cats} --steps 3 --minutes 3", "exclude each other"),
+        ("--data {cats} --seq_len 64", "--seq_len 64 is more than the model's context, 32"),
+        ("--data {cats} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
+        ("--data {cats} --ckpt {tmp}/none.pt", "does not exist"),
+        ("--resume", "nothing to resume"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "long.json").write_text(json.dumps(rows([("a " * 90, "b"), ("c " * 90, "d")])))
+    line = line.format(tmp=tmp_path, cats=cats)
+    if "--ckpt" not in line:
+        line += f" --ckpt {trained}"
+    code, _, err = run(f"finetune {line} --out {tmp_path}/o")
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_another_base_or_text_is_not_resumed_on(run, trained, cats, tmp_path):
+    base = tmp_path / "base.pt"
+    shutil.copy(trained, base)
+    line = f"finetune --ckpt {base} --data {cats} --steps 2 --batch_size 8 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    state = train.load_checkpoint(base, mmap=False)
+    state["model"]["lm_head.weight"][0, 0] += 1e-3
+    train.save_checkpoint(base, state)
+    code, _, err = run(f"finetune --resume --steps 3 --out {tmp_path}/o")
+    assert code == 2 and "has changed since the run began" in err
+    shutil.copy(trained, base)
+    cats.write_text(json.dumps(rows(PAIRS[:-1])))
+    assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 2
+    cats.write_text(json.dumps(rows(PAIRS)))
+    assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 0
+
+
+def test_a_missing_or_unfit_adapter_is_said(run, trained, tmp_path):
+    code, _, err = run(f"sample --ckpt {trained} --lora {tmp_path} --prompt a")
+    assert code == 2 and "has no adapter_config.json" in err and err.count("\n") == 1
