@@ -111,6 +111,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
             " .jsonl of instructions, or a .txt"
         )
     whole = hashlib.blake2b(repr((train, val)).encode()).hexdigest()
+    val = [pair for pair in val if data.make_examples([pair], tokenizer, args.seq_len)[0]]
     examples, counts = data.make_examples(train, tokenizer, args.seq_len)
     held_out, _ = data.make_examples(val, tokenizer, args.seq_len)
     if not examples or not held_out:

@@ -52,7 +52,7 @@ FORMAT = 2  # of ckpt.pt
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=16, lr=2e-3, warmup=50, minutes=5.0),
+    "tiny": dict(batch_size=8, lr=4e-3, warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),

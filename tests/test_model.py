@@ -224,8 +224,33 @@ def test_every_second_layer_can_be_moe_and_none_need_be():
     assert torch.isfinite(bare(torch.zeros(1, 4, dtype=torch.long)).logits).all()
 
 
+def test_a_copying_start_tells_later_tokens_what_came_and_the_head_reads_it_off():
+    def own_logit_rank(start):  # of one early token, in the logits behind it; 0 = the highest
+        torch.manual_seed(0)
+        model = DeepSeek(Config.preset("tiny", vocab_size=2816, copying_start=start)).eval()
+        ids = torch.randint(0, 2816, (40, 12))
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1]
+        own = logits.gather(1, ids[:, 3:4])
+        return model, (logits > own).sum(1).float().mean().item()
+
+    model, rank = own_logit_rank(0.2)
+    assert rank < 0.25 * 2816 and abs(own_logit_rank(0.0)[1] / 2816 - 0.5) < 0.1
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert embedding.std().item() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(head, embedding / 2) and head.data_ptr() != embedding.data_ptr()
+    attention = model.model.layers[1].self_attn
+    assert attention.o_proj.weight.std().item() == pytest.approx(0.08, rel=0.02)
+    w_dkv = attention.kv_a_proj_with_mqa.weight[:64]
+    w_uv = attention.kv_b_proj.weight.view(2, 32 + 48, 64)[:, 32:]
+    for h in range(2):  # symmetric and positive: W_O W_UV W_DKV of each head
+        w_o = attention.o_proj.weight[:, 48 * h : 48 * (h + 1)]
+        path = w_o @ w_uv[h] @ w_dkv
+        assert torch.allclose(path, path.T, atol=1e-5) and torch.linalg.eigvalsh(path).min() > -1e-4
+
+
 def test_initial_weights_have_the_stated_spread():
-    model = DeepSeek(Config.preset("tiny", initializer_range=0.03))
+    model = DeepSeek(Config.preset("tiny", initializer_range=0.03, copying_start=0.0))
     for name, p in model.named_parameters():
         if p.dim() > 1:
             assert p.std().item() == pytest.approx(0.03, rel=0.05), name
