@@ -52,7 +52,7 @@ FORMAT = 2  # of ckpt.pt
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=8, lr=4e-3, warmup=100, minutes=5.0),
+    "tiny": dict(batch_size=8, lr=4e-3, beta2=0.99, warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
@@ -144,6 +144,8 @@ def add_common_flags(parser: Parser) -> None:
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
     schedules = "step: x0.316 at 60%% and 90%%, as the paper; cosine: to a tenth (default: step)"
     add("--schedule", choices=["step", "cosine", "constant"], default="step", help=schedules)
+    beta2 = "memory of AdamW's squares (default: 0.95, the paper's, unless the recipe has another)"
+    add("--beta2", type=number(float, 0, 0.99999), help=beta2)
     add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
     add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default: 1)")
     add("--eval_every", type=positive, help="steps between evaluations (default: a tenth of all)")
@@ -464,14 +466,16 @@ def draw_curves(log: Path, target: Path) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, lr: float, weight_decay: float, beta2: float
+) -> torch.optim.AdamW:
     """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, 0.95), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -600,7 +604,7 @@ class Trainer:
         self.args, self.tokenizer, self.text = args, tokenizer, text
         self.device, self.dtype = device, dtype
         self.model, self.out = model.to(device).train(), Path(args.out)
-        self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
+        self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.tokens, self.best = 0, 0, math.inf
         self.stop = False  # becomes true when somebody presses Ctrl-C
@@ -803,6 +807,7 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         args.warmup = min(recipe["warmup"], (args.steps or 10**9) // 10)
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or recipe["lr"]
+    args.beta2 = args.beta2 if args.beta2 is not None else recipe.get("beta2", 0.95)
     args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.vocab_size = base.vocab_size

@@ -256,7 +256,7 @@ def test_the_schedules():
 
 def test_weight_decay_acts_on_matrices_only():
     model = train.DeepSeek(Config.preset("tiny"))
-    matrices, vectors = train.make_optimizer(model, 1e-3, 0.1).param_groups
+    matrices, vectors = train.make_optimizer(model, 1e-3, 0.1, 0.95).param_groups
     assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
     assert vectors["weight_decay"] == 0.0 and all(p.dim() == 1 for p in vectors["params"])
     assert matrices["betas"] == (0.9, 0.95)
@@ -287,8 +287,8 @@ def test_evaluation_is_the_mean_over_tokens(trained):
 def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
     state = train.load_checkpoint(trained, mmap=False)
     config = Config(**state["config"] | {"aux_loss_alpha": 2.0})
-    args = train.make_parser().parse_args(["--clip", "0.05", "--schedule", "constant"])
-    args.lr, args.warmup, args.steps, args.grad_accum = 0.01, 4, 10, accum
+    args = train.make_parser().parse_args(["--clip", "0.05", "--beta2", "0.95"])
+    args.lr, args.warmup, args.steps, args.grad_accum = 0.01, 4, 10, accum  # in the warm-up
     args.out, args.overwrite = str(tmp_path), False
     inputs, targets = torch.randint(0, 320, (2, 4, 12))
     targets[0, 3:], targets[2] = data.IGNORE, data.IGNORE  # pieces with different counts
@@ -320,7 +320,9 @@ def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
 
 def small_trainer(folder, trained, state=None, **flags):
     args = train.make_parser().parse_args(["--out", str(folder), "--log_level", "quiet"])
-    vars(args).update({"steps": 3, "lr": 0.01, "warmup": 2, "grad_accum": 1, **flags})
+    vars(args).update(
+        {"steps": 3, "lr": 0.01, "beta2": 0.95, "warmup": 2, "grad_accum": 1, **flags}
+    )
     stored = train.load_checkpoint(trained, mmap=False)
     model = train.build_model(state or stored)
     tokenizer = data.load_tokenizer(stored["tokenizer"])
