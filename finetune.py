@@ -46,7 +46,7 @@ from train import (
     write_sample,
 )
 
-RECIPE = dict(batch_size=32, grad_accum=1, lr=2e-3, beta2=0.99, warmup=20)
+RECIPE = dict(batch_size=32, grad_accum=1, lr=2e-3, beta2=0.99, schedule="linear", warmup=20)
 FULL_RECIPE = dict(lr=5e-4)
 EPOCHS = 3  # unless --steps or --minutes say otherwise
 BUILT_IN_MINUTES = 3.5  # what the built-in instructions take instead, besides being scored twice

@@ -52,7 +52,7 @@ FORMAT = 2  # of ckpt.pt
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=8, lr=4e-3, beta2=0.99, warmup=100, minutes=5.0),
+    "tiny": dict(batch_size=8, lr=4e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
@@ -142,8 +142,11 @@ def add_common_flags(parser: Parser) -> None:
     add("--grad_accum", type=positive, help="pieces that a batch is cut into (default: recipe's)")
     add("--lr", type=number(float, 0, above=True), help="highest learning rate (default: recipe's)")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: the recipe's)")
-    schedules = "step: x0.316 at 60%% and 90%%, as the paper; cosine: to a tenth (default: step)"
-    add("--schedule", choices=["step", "cosine", "constant"], default="step", help=schedules)
+    schedules = (
+        "step: x0.316 at 60%% and 90%%, as the paper; cosine: to a tenth; linear: to nothing"
+    )
+    kinds = ["step", "cosine", "linear", "constant"]
+    add("--schedule", choices=kinds, help=f"{schedules} (default: step, or the recipe's)")
     beta2 = "memory of AdamW's squares (default: 0.95, the paper's, unless the recipe has another)"
     add("--beta2", type=number(float, 0, 0.99999), help=beta2)
     add("--weight_decay", type=number(float, 0), default=0.1, help="on matrices (default: 0.1)")
@@ -479,12 +482,14 @@ def make_optimizer(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2 or cosine to a tenth."""
+    """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = step / steps
     if schedule == "step":
         return peak * (0.316 if done >= 0.6 else 1) * (0.316 if done >= 0.9 else 1)
+    if schedule == "linear":
+        return peak * (steps - step) / max(1, steps - warmup)
     if schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
         return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
@@ -808,6 +813,7 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or recipe["lr"]
     args.beta2 = args.beta2 if args.beta2 is not None else recipe.get("beta2", 0.95)
+    args.schedule = args.schedule or recipe.get("schedule", "step")
     args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.vocab_size = base.vocab_size
