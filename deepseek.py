@@ -1373,14 +1373,29 @@ def read_weights(model: DeepSeek, files: list[Path], dtype, device) -> None:
                     places[name].copy_(part)
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One *.safetensors, whole or not at all. Raises CheckpointError, as on a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    try:
+        partial.touch()  # with the usual rights; safetensors itself lets only the owner read
+        rights = partial.stat().st_mode
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(tensors, partial, {"format": "pt"})
+        partial.chmod(rights)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
 def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
     """One model.safetensors, or an index and shards of at most shard_bytes (if a tensor allows).
 
     The shards are written one after the other, so that memory is taken for one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for pair in model.state_dict().items():
@@ -1396,15 +1411,7 @@ def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
     for i, shard in enumerate(shards, 1):
         many = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
-        shard = {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
-        path = folder / f"model{many}.safetensors"
-        try:
-            path.touch()  # with the usual rights; safetensors itself lets only the owner read
-            rights = path.stat().st_mode
-            save_file(shard, path, {"format": "pt"})
-            path.chmod(rights)
-        except SafetensorError as error:  # a full disk
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        write_tensors(shard, folder / f"model{many}.safetensors")
     if len(shards) > 1:
         total = sum(p.nbytes for p in model.state_dict().values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -1558,9 +1565,7 @@ def lora_state(model: DeepSeek) -> dict[str, Tensor]:
 
 def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; base: where the
-    model comes from. Raises ConfigError without adapters."""
-    from safetensors.torch import save_file
-
+    model comes from. Raises ConfigError without adapters, CheckpointError if that fails."""
     layers = _layers(model, LoRALinear)
     if not layers:
         raise ConfigError("the model has no adapters to save: call add_lora first")
@@ -1577,11 +1582,14 @@ def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> N
         "inference_mode": True,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {PEFT_PREFIX + k: v.contiguous().cpu() for k, v in lora_state(model).items()}
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    text = json.dumps(record, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {PEFT_PREFIX + k: v for k, v in lora_state(model).items()}
+        write_tensors(state, folder / "adapter_model.safetensors")
+        text = json.dumps(record, indent=2) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def load_lora(model: DeepSeek, folder: str | Path) -> None:

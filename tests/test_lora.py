@@ -212,6 +212,24 @@ def test_saved_and_loaded_nothing_has_changed(tmp_path):
         save_lora(random_model(small()), tmp_path)
 
 
+def test_an_adapter_that_cannot_be_written_is_said_and_the_old_one_stays(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_lora(adapted(), tmp_path / "file")
+    save_lora(adapted(), tmp_path / "lora")
+    before = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_lora(adapted(seed=2), tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == before
+    assert len(list((tmp_path / "lora").iterdir())) == 2
+
+
 def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
     save_lora(adapted(), tmp_path)
     for overrides in (dict(hidden_size=51), dict(num_hidden_layers=2), dict(q_lora_rank=28)):
