@@ -254,6 +254,43 @@ def test_the_schedules():
     assert rates("constant")[10:] == [1.0] * 90
 
 
+def test_a_linear_schedule_falls_evenly_to_nothing():
+    rates = [train.learning_rate(s, 110, 2.0, 10, "linear") for s in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
+    assert rates[10:] == pytest.approx([2 - 0.02 * s for s in range(100)])
+
+
+@pytest.mark.parametrize(
+    "able, expected",
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+        (None, torch.float32),  # torch 2.11 cannot tell
+    ],
+)
+def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch, able, expected):
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert train.choose_dtype("auto", torch.device("cpu")) == expected
+    assert train.choose_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_the_recipe_fills_in_what_was_not_typed():
+    def chosen(line):
+        args = train.make_parser().parse_args(line.split())
+        train.choose_recipe(args, {})
+        return args.lr, args.beta2, args.schedule, args.batch_size, args.minutes, args.steps
+
+    assert chosen("") == (*(train.RECIPES["tiny"][k] for k in ("lr", "beta2", "schedule",
+        "batch_size", "minutes")), None)  # fmt: skip
+    typed = "--lr 0.1 --beta2 0.5 --schedule step --batch_size 3 --steps 7"
+    assert chosen(typed) == (0.1, 0.5, "step", 3, None, 7)
+    assert chosen("--size 1b")[1:3] == (0.95, "step")  # the paper's
+
+
 def test_weight_decay_acts_on_matrices_only():
     model = train.DeepSeek(Config.preset("tiny"))
     matrices, vectors = train.make_optimizer(model, 1e-3, 0.1, 0.95).param_groups
