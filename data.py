@@ -636,20 +636,28 @@ def read_instructions(source: str) -> list[tuple[str, str]]:
     """
     if source in HUB_INSTRUCTIONS:
         source = str(download(*HUB_INSTRUCTIONS[source]))
-    path, text = Path(source), "".join(read_text(Path(source)))
-    lines = path.suffix == ".jsonl"
+    text = "".join(read_text(Path(source)))
+    if source.endswith(".jsonl"):
+        numbered = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
+        rows = [
+            (where, _json(f"{source} {where}", line)) for where, line in numbered if line.strip()
+        ]
+    else:
+        rows = _json(source, text)
+        if not isinstance(rows, list):
+            raise DataError(f"{source} must be a list of rows, not {type(rows).__name__}")
+        rows = [(f"row {n}", row) for n, row in enumerate(rows, 1)]
+    return [_pair(f"{source} {where}", row) for where, row in rows]
+
+
+def _json(where: str, text: str) -> Any:
     try:
-        if lines:
-            numbered = enumerate(text.split("\n"), 1)
-            rows = [(number, json.loads(line)) for number, line in numbered if line.strip()]
-        else:
-            rows = list(enumerate(json.loads(text), 1))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
-    return [_pair(row, f"{path} {'line' if lines else 'row'} {number}") for number, row in rows]
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}): mend or remove it") from error
 
 
-def _pair(row: Any, where: str) -> tuple[str, str]:
+def _pair(where: str, row: Any) -> tuple[str, str]:
     get = row.get if isinstance(row, dict) else lambda name: None
     question, more, answer = get("instruction"), get("input") or "", get("output")
     if not all(isinstance(text, str) for text in (question, more, answer)):
@@ -661,26 +669,29 @@ def _pair(row: Any, where: str) -> tuple[str, str]:
     return "\n".join(part for part in (question, more) if part), answer
 
 
-def held_out_pairs(pairs: list[tuple[str, str]]) -> tuple[list, list]:
+def hold_out(pairs: list[tuple[str, str]]) -> tuple[list, list]:
     """Pairs to train on and pairs held out: about every 25th question, by its hash, so that equal
-    questions stay on one side. Raises DataError where nothing is left for one of them."""
+    questions stay together. Raises DataError where there are fewer than two."""
 
-    def place(pair: tuple[str, str]) -> int:
-        return int.from_bytes(hashlib.blake2b(pair[0].encode(), digest_size=8).digest(), "little")
+    def place(question: str) -> int:
+        return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "little")
 
-    if len({question for question, _ in pairs}) < 2:
-        raise DataError("the data has fewer than two different questions: one is to be held out")
-    limit = max(2**64 // 25, min(map(place, pairs)))
-    train, val = [], []
-    for pair in pairs:
-        (val if place(pair) <= limit else train).append(pair)
-    return (train, val) if train else (val[:1], val[1:])
+    questions = sorted({question for question, _ in pairs}, key=place)
+    if len(questions) < 2:
+        raise DataError(
+            f"the data has {len(questions)} questions: give at least 2, one to be held out"
+        )
+    low = sum(place(question) < 2**64 // 25 for question in questions)
+    chosen = set(questions[: min(max(1, low), len(questions) - 1)])
+    train = [pair for pair in pairs if pair[0] not in chosen]
+    return train, [pair for pair in pairs if pair[0] in chosen]
 
 
 @dataclass
 class Example:
     """A dialogue of one question and its answer, as tokens."""
 
+    question: str
     ids: np.ndarray  # [n] int64: bos, the question in the template, the answer, eos
     answer: int  # where the answer begins
 
@@ -689,18 +700,19 @@ def make_examples(
     pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples of at most seq_len inputs, and how many were not taken as they are: an answer too
-    long is cut (and not followed by eos), an empty one or a question without room is left out."""
-    examples, counts = [], {"cut": 0, "empty": 0, "no_room": 0}
+    long is cut (and not followed by eos); one that is empty, or has no room, is left out."""
+    examples, counts = [], {"cut": 0, "empty": 0, "no room": 0}
     for question, answer in pairs:
-        begin = len(dialogue(tokenizer, [(question, None)]))
-        ids = np.array(dialogue(tokenizer, [(question, answer.strip())]))
         if not answer.strip():
             counts["empty"] += 1
-        elif begin > seq_len:
-            counts["no_room"] += 1
-        else:
-            counts["cut"] += len(ids) > seq_len + 1
-            examples.append(Example(ids[: seq_len + 1], begin))
+            continue
+        start = len(dialogue(tokenizer, [(question, None)]))
+        if start >= seq_len:
+            counts["no room"] += 1
+            continue
+        ids = np.array(dialogue(tokenizer, [(question, answer.strip())]))
+        counts["cut"] += len(ids) > seq_len + 1
+        examples.append(Example(question, ids[: seq_len + 1], start))
     return examples, counts
 
 
@@ -734,12 +746,15 @@ class AnswerBatches:
         return answers([self.examples[e] for e in self.order[place]])
 
 
-def answer_windows(examples: list[Example], tokenizer: Tokenizer, batch_size: int) -> Windows:
-    """Examples to be evaluated: every token of an answer, and its eos, counts once."""
-    sizes = token_bytes(tokenizer)
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    said = [e.ids[e.answer :] for e in examples]
-    return Windows(
-        [answers(g) for g in groups], sum(map(len, said)), int(sum(sizes[s].sum() for s in said))
-    )
+def answer_windows(
+    examples: list[Example], tokenizer: Tokenizer, batch_size: int, limit: int
+) -> Windows:
+    """Examples to be evaluated, up to `limit` tokens: those of answers, and their eos, count."""
+    sizes, taken, said = token_bytes(tokenizer), [], []
+    for example in examples:
+        if len(said) < limit:
+            taken.append(example)
+            said += example.ids[example.answer :].tolist()
+    taken.sort(key=lambda example: len(example.ids))
+    groups = [taken[i : i + batch_size] for i in range(0, len(taken), batch_size)]
+    return Windows([answers(group) for group in groups], len(said), int(sizes[said].sum()))

@@ -434,13 +434,15 @@ class MLA(nn.Module):
     def start_as_copy(self) -> None:
         """W_O = (W_UV W_DKV)^T times a scale: what a head reads it writes back, nearly as it was.
 
-        The rank is far below D, but random directions are nearly orthogonal: a token comes out
-        more like itself than like any other. The scale gives W_O twice the usual std.
+        The rank is below D (half of it in tiny), but random directions are nearly orthogonal: a
+        token comes out more like itself than like any other. The scale gives W_O twice the usual
+        std; at four times, what all tokens say at once drowned what one says.
         """
         c = self.config
         w_dkv = self.kv_a_proj_with_mqa.weight[: c.kv_lora_rank]  # R D
-        w_uv = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
-        read = (w_uv[:, c.qk_nope_head_dim :] @ w_dkv).flatten(0, 1)  # H dv R, R D -> H*dv D
+        w = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))  # H dn+dv R
+        w_uv = w[:, c.qk_nope_head_dim :]  # H dv R
+        read = (w_uv @ w_dkv).flatten(0, 1)  # H dv R, R D -> H*dv D
         self.o_proj.weight.copy_(read.T * (2 * c.initializer_range / read.std()))
 
     def forward(self, x: Tensor, span: Span, memory: Tensor | None = None) -> Tensor:
@@ -1387,8 +1389,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         partial.chmod(rights)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be written: {reason}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def write_weights(model: DeepSeek, folder: Path, shard_bytes: int) -> None:
@@ -1455,8 +1459,10 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W + (alpha / r) B A, summed in fp32; absorbed attention reads it of kv_b_proj."""
-        base, delta = self.base_layer.weight, self.lora_B.weight @ self.lora_A.weight
-        return (base.float() + self.scaling * delta).to(base.dtype)
+        base = self.base_layer.weight
+        with torch.autocast(base.device.type, enabled=False):
+            delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return (base.float() + delta).to(base.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -1486,7 +1492,10 @@ def add_lora(
             )
     names = [name for name in linear if name.rpartition(".")[2] in targets]
     if not names:
-        raise ConfigError(f"targets = {', '.join(targets)}: this model has none of them")
+        raise ConfigError(
+            f"targets = {', '.join(targets)}: this model has none of them, choose from"
+            f" {', '.join(sorted(have))}"
+        )
     _adapt(model, names, rank, alpha, dropout)
     return names
 
@@ -1554,6 +1563,7 @@ PEFT_BUILT_IN = {
     "fan_in_fan_out": False,
     "use_rslora": False,
     "use_dora": False,
+    "lora_bias": False,
 }
 PEFT_PREFIX = "base_model.model."  # in front of each tensor's name
 
@@ -1593,14 +1603,16 @@ def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> N
 
 
 def load_lora(model: DeepSeek, folder: str | Path) -> None:
-    """Give the model the adapters of a folder written by `save_lora` or by PEFT.
+    """Freeze the model and give it the adapters of a folder written by `save_lora` or by PEFT.
 
-    Raises CheckpointError for a damaged file, another kind of adapter, or one of another base.
+    Raises CheckpointError for a damaged file, another kind of adapter, or one of another base;
+    ConfigError where the model has adapters already.
     """
     folder = Path(folder)
     try:
         record = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, alpha = record["r"], record["lora_alpha"]
+        rank, alpha = int(record["r"]), float(record["lora_alpha"])
+        dropout = float(record.get("lora_dropout") or 0.0)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no adapter_config.json: give an adapter's folder"
@@ -1626,6 +1638,10 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
         shapes = [None if t is None else list(t.shape) for t in found]
         base = linear.get(name)
         if base is None or shapes != [[rank, base.in_features], [base.out_features, rank]]:
-            raise CheckpointError(f"{folder} does not fit the model at {name}: its base is another")
-    _adapt(model, names, rank, alpha, record.get("lora_dropout", 0.0))
+            raise CheckpointError(
+                f"{folder} does not fit the model at {name}: give the base that it was trained on"
+            )
+    if len(state) != 2 * len(names):
+        raise CheckpointError(f"{file} holds tensors that are no lora_A or lora_B weights")
+    _adapt(model, names, rank, alpha, dropout)
     model.load_state_dict(state, strict=False)

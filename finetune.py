@@ -42,16 +42,18 @@ from train import (
     open_model,
     open_run,
     print_unless_quiet,
+    read_log,
     run_script,
     write_sample,
 )
 
-RECIPE = dict(batch_size=32, grad_accum=1, lr=2e-3, beta2=0.99, schedule="linear", warmup=20)
-FULL_RECIPE = dict(lr=5e-4)
+RECIPE = dict(batch_size=32, grad_accum=1, lr=4e-3, beta2=0.99, schedule="linear")
+FULL_RECIPE = RECIPE | dict(lr=2e-3)
+WARMUP = 20  # steps, or a tenth of all if that is less
 EPOCHS = 3  # unless --steps or --minutes say otherwise
-BUILT_IN_MINUTES = 3.5  # what the built-in instructions take instead, besides being scored twice
-TASKS = 20_000  # built-in instructions to train on, of `--data stories`
-HELD_OUT_TASKS = 300
+BUILT_IN_MINUTES = 3.5  # for the built-in instructions, instead of EPOCHS; scoring comes on top
+TASKS, HELD_OUT_TASKS = 20_000, 300  # of the built-in instructions
+LONGEST_ANSWER = 300  # tokens; the built-in stories have up to 256
 
 
 def make_parser() -> Parser:
@@ -61,14 +63,13 @@ def make_parser() -> Parser:
     add("--ckpt", default="out/ckpt.pt", help=f"the model to start from: {bases}")
     sources = "stories, stories:N, alpaca; .json or .jsonl of instructions; .txt (default: stories)"
     add("--data", default="stories", help=sources)
-    add("--rank", type=positive, default=8, help="of an adapter (default: 8)")
-    add("--alpha", type=number(float, 0, above=True), default=16.0, help="its scale (default: 16)")
+    add("--rank", type=positive, default=32, help="of an adapter (default: 32)")
+    add("--alpha", type=number(float, 0, above=True), default=64.0, help="its scale (default: 64)")
     add("--dropout", type=number(float, 0, 0.99), default=0.0, help="before it (default: 0)")
     targets = f"layers to adapt, by name (default: the attention's: {' '.join(MLA_PROJECTIONS)})"
     add("--targets", nargs="+", metavar="NAME", default=list(MLA_PROJECTIONS), help=targets)
     add("--full", action="store_true", help="train all weights, without LoRA (default: off)")
-    add_common_flags(parser)
-    parser.set_defaults(out="out/lora")
+    add_common_flags(parser, out="out/lora")
     return parser
 
 
@@ -84,59 +85,83 @@ class Lesson(NamedTuple):
     batches: int  # in an epoch
     held_out: Windows
     digest: str  # of the text
-    tasks: list[stories.Task]  # held-out instructions that can be judged; of other data none
     about: str  # a line for the screen
-    question: str | None  # one that is not trained on; None for raw text
+    question: str | None = None  # held out, and answered while training; None for raw text
+    tasks: list[stories.Task] = []  # held-out instructions that the world's own judge can score
+    plain: Windows | None = None  # of the built-in instructions: stories, to see what is forgotten
 
 
-def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
-    """Read --data. Raises DataError or UsageError."""
-    source, piece = args.data, args.batch_size // args.grad_accum
-    if source.endswith(".txt") or Path(source).is_dir():
-        return raw_text(args, tokenizer, piece)
-    tasks: list[stories.Task] = []
-    if source.partition(":")[0] == "stories":
-        count = source.partition(":")[2] or str(TASKS)
-        if not count.isdecimal() or not 1 <= int(count) <= 10**7:
-            raise DataError(f"data {source!r} must be stories, or stories:N with N from 1 to 10**7")
-        taught = itertools.islice(stories.instructions(args.seed), int(count))
-        train = [(task.instruction, task.answer) for task in taught]
-        tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
-        val = [(task.instruction, task.answer) for task in tasks]
-    elif source in data.HUB_INSTRUCTIONS or Path(source).suffix in (".json", ".jsonl"):
-        train, val = data.held_out_pairs(data.read_instructions(source))
-    else:
-        raise UsageError(
-            f"--data {source!r} must be stories, {', '.join(data.HUB_INSTRUCTIONS)}, a .json or"
-            " .jsonl of instructions, or a .txt"
-        )
-    whole = hashlib.blake2b(repr((train, val)).encode()).hexdigest()
-    val = [pair for pair in val if data.make_examples([pair], tokenizer, args.seq_len)[0]]
-    examples, counts = data.make_examples(train, tokenizer, args.seq_len)
-    held_out, _ = data.make_examples(val, tokenizer, args.seq_len)
-    if not examples or not held_out:
-        raise DataError(f"{source} holds no instruction that fits into {args.seq_len} tokens")
-    batches = data.AnswerBatches(examples, args.batch_size, args.seed)
-    remarks = {"cut": "answers cut", "empty": "without an answer left out"}
-    remarks["no_room"] = "left out because the question is too long"
-    about = ", ".join(
-        [f"{len(examples):,} instructions, {len(held_out):,} held out"]
-        + [f"{counts[k]:,} {text}" for k, text in remarks.items() if counts[k]]
+def read_lesson(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
+    """What --data names. Raises DataError or UsageError."""
+    name = args.data.partition(":")[0]
+    if name == "stories":
+        return built_in(args, tokenizer)
+    if name in data.HUB_INSTRUCTIONS or Path(name).suffix in (".json", ".jsonl"):
+        train, held_out = data.hold_out(data.read_instructions(args.data))
+        return instructions(args, tokenizer, train, held_out)
+    if name.endswith(".txt") or Path(name).is_dir():
+        return raw_text(args, tokenizer)
+    raise UsageError(
+        f"--data {args.data!r} must be stories, {', '.join(data.HUB_INSTRUCTIONS)}, a .json or"
+        " .jsonl of instructions, or a .txt"
     )
-    windows = data.answer_windows(held_out, tokenizer, max(8, piece))
-    return Lesson(batches.at, batches.per_epoch, windows, whole, tasks, about, val[0][0])
 
 
-def raw_text(args: argparse.Namespace, tokenizer: Tokenizer, piece: int) -> Lesson:
+def instructions(
+    args: argparse.Namespace, tokenizer: Tokenizer, train: list, held_out: list
+) -> Lesson:
+    """A lesson of (question, answer) pairs."""
+    whole = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
+    taught, counts = data.make_examples(train, tokenizer, args.seq_len)
+    kept, _ = data.make_examples(held_out, tokenizer, args.seq_len)
+    if not taught or not kept:
+        raise DataError(
+            f"of the {len(train)} instructions in {args.data}, {len(taught)} have an answer and fit"
+            f" into {args.seq_len} tokens, of the {len(held_out)} held out {len(kept)}: give more"
+            " or shorter ones, or a larger --seq_len"
+        )
+    batches = data.AnswerBatches(taught, args.batch_size, args.seed)
+    remarks = {"cut": "answers cut", "empty": "left out without an answer"}
+    remarks["no room"] = "left out with too long a question"
+    about = [f"{len(taught):,} instructions, {len(kept):,} held out"]
+    about += [f"{counts[kind]:,} {text}" for kind, text in remarks.items() if counts[kind]]
+    rows = max(8, args.batch_size // args.grad_accum)  # an evaluation has room for eight at least
+    windows = data.answer_windows(kept, tokenizer, rows, args.eval_tokens)
+    question = kept[0].question
+    return Lesson(batches.at, batches.per_epoch, windows, whole, ", ".join(about), question)
+
+
+def built_in(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
+    """The instructions of stories.py; held out are combinations of hero and thing."""
+    count = args.data.partition(":")[2] or str(TASKS)
+    if not count.isdecimal() or not 1 <= int(count) <= 10**7:
+        raise DataError(f"data {args.data!r} must be stories, or stories:N with N from 1 to 10**7")
+    taught = itertools.islice(stories.instructions(args.seed), int(count))
+    tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
+    pairs = [[(task.instruction, task.answer) for task in some] for some in (taught, tasks)]
+    need = 1 + max(len(data.dialogue(tokenizer, [(question, None)])) for question, _ in pairs[1])
+    if args.seq_len < need:
+        raise UsageError(
+            f"the built-in instructions need a context of {need} tokens, but there are"
+            f" {args.seq_len}: train a model with a longer --seq_len"
+        )
+    # These are told beyond all seeds that a training text takes.
+    texts = ((i, stories.tell(10**9 + i).text) for i in range(100))
+    plain = data.windows(data.tokenize(texts, tokenizer), tokenizer, args.seq_len, 16)
+    return instructions(args, tokenizer, *pairs)._replace(tasks=tasks, plain=plain)
+
+
+def raw_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
     """Domain adaptation: documents as in pretraining, cut by the model's own tokenizer."""
     corpus = data.prepare(args.data, tokenizer, data.cache_folder(Path(args.out)))
     batches = data.Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
-    held_out = data.windows(corpus.val, tokenizer, args.seq_len, max(8, piece), args.eval_tokens)
+    rows = max(8, args.batch_size // args.grad_accum)
+    held_out = data.windows(corpus.val, tokenizer, args.seq_len, rows, args.eval_tokens)
     if not held_out.tokens:
         raise DataError(f"{args.data} is too short to hold anything out: give more text")
     about = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
     epoch = -(-len(batches.starts) // args.batch_size)
-    return Lesson(batches.at, epoch, held_out, corpus.digest, [], about, None)
+    return Lesson(batches.at, epoch, held_out, corpus.digest, about)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -147,7 +172,10 @@ def raw_text(args: argparse.Namespace, tokenizer: Tokenizer, piece: int) -> Less
 def answer(
     model: DeepSeek, tokenizer: Tokenizer, questions: list[str], rows: int = 50
 ) -> list[str]:
-    """The greedy answers to questions, so many at a time."""
+    """The greedy answers to questions, of at most LONGEST_ANSWER tokens, so many at a time.
+
+    Where the context ends earlier, it ends for a batch when its longest question is out of room.
+    """
     prompts = [data.dialogue(tokenizer, [(question, None)]) for question in questions]
     order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     with evaluating(model):
@@ -155,7 +183,7 @@ def answer(
             chosen = order[at : at + rows]
             stream = model.generate(
                 [prompts[i] for i in chosen],
-                model.config.max_position_embeddings,
+                LONGEST_ANSWER,
                 temperature=0,
                 stop=model.config.eos_token_id,
                 vocab_size=tokenizer.get_vocab_size(),
@@ -175,6 +203,23 @@ def judge(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> d
     return {"right": round(right.total() / len(tasks), 4), "by_kind": by_kind, "answers": answers}
 
 
+def measure(model: DeepSeek, tokenizer: Tokenizer, lesson: Lesson, device, dtype) -> dict[str, Any]:
+    """Everything that is compared before and after."""
+    result = evaluate(model, lesson.held_out, device, dtype)
+    if lesson.tasks:
+        result |= judge(model, tokenizer, lesson.tasks)
+        result["plain_loss"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
+    return result
+
+
+def example(model: DeepSeek, tokenizer: Tokenizer, question: str | None) -> str:
+    """What the model says now, on one line."""
+    if question is None:
+        return " ".join(write_sample(model, tokenizer, model.lm_head.weight.device).split())
+    said = " ".join(answer(model, tokenizer, [question])[0].split())
+    return f"{' '.join(question.split())[:100]} -> {said[:100]}"
+
+
 def print_scores(tasks: list[stories.Task], before: dict, after: dict) -> None:
     """A table by kind, and of each kind one task with the answer before and after."""
     print(f"\n{'held-out tasks':<16}{'asked':>6}{'before':>9}{'after':>9}")
@@ -191,24 +236,11 @@ def print_scores(tasks: list[stories.Task], before: dict, after: dict) -> None:
             print(f"  {when}, {mark}: {text[:200]}{'...' if len(text) > 200 else ''}")
 
 
-def plain_stories(tokenizer: Tokenizer, seq_len: int) -> Windows:
-    """A hundred stories that no training text holds, to see what was forgotten."""
-    texts = ((i, stories.tell(10**9 + i).text) for i in range(100))
-    return data.windows(data.tokenize(texts, tokenizer), tokenizer, seq_len, 16)
-
-
-def example(model: DeepSeek, tokenizer: Tokenizer, question: str | None) -> str:
-    """What the model says now, on one line."""
-    if question is None:
-        return " ".join(write_sample(model, tokenizer, model.lm_head.weight.device).split())
-    said = " ".join(answer(model, tokenizer, [question])[0].split())
-    return f"{' '.join(question.split())[:100]} -> {said[:100]}"
-
-
-def print_summary(args: argparse.Namespace, summary: dict[str, Any]) -> None:
+def print_summary(args: argparse.Namespace, summary: dict[str, Any], chat: bool) -> None:
     """The losses before and after, and how to go on."""
     names = {"val_loss": "held out, nats/token", "val_bpb": "held out, bits/byte"}
     names |= {"plain_loss": "plain stories, nats/token"}
+    print()
     for name, meaning in names.items():
         if f"{name}_before" in summary:
             off = summary.get(f"{name}_off")
@@ -218,7 +250,40 @@ def print_summary(args: argparse.Namespace, summary: dict[str, Any]) -> None:
                 + (f", {off:.4f} with the adapter off" if off else "")
             )
     model = f"{args.out}/best.pt" if args.full else f"{args.ckpt} --lora {args.out}"
-    print(f"next: python sample.py --ckpt {model} --chat")
+    print(f"next: python sample.py --ckpt {model}{' --chat' if chat else ''}")
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace, typed: set[str]) -> None:
+    """Raise UsageError for flags that do not go together."""
+    base, out = Path(args.ckpt).resolve(), Path(args.out).resolve()
+    if out in (base, base.parent):
+        raise UsageError(f"--out {args.out} holds the base {args.ckpt}: give another --out")
+    for name in ("rank", "alpha", "dropout", "targets"):
+        if args.full and name in typed:
+            raise UsageError(f"--{name} is of adapters, and --full trains none: leave one out")
+
+
+def choose_recipe(args: argparse.Namespace, config: Config) -> None:
+    """Fill in what was not typed, but for the number of steps."""
+    for name, value in (FULL_RECIPE if args.full else RECIPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    # no more than 4096 unless typed: V2's context would take a large card for a single row
+    args.seq_len = args.seq_len or min(4096, config.max_position_embeddings)
+    if args.seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--seq_len {args.seq_len} is more than the model's context: give at most"
+            f" {config.max_position_embeddings}"
+        )
+    if args.batch_size % args.grad_accum:
+        raise UsageError(
+            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
+        )
 
 
 def weights_digest(model: DeepSeek) -> str:
@@ -228,28 +293,6 @@ def weights_digest(model: DeepSeek) -> str:
         whole.update(name.encode())
         whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return whole.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------
-
-
-def choose_recipe(args: argparse.Namespace, config: Config) -> None:
-    """Fill in what was not typed, but for the number of steps."""
-    for name, value in (RECIPE | FULL_RECIPE if args.full else RECIPE).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.seq_len = args.seq_len or min(4096, config.max_position_embeddings)
-    if args.seq_len > config.max_position_embeddings:
-        raise UsageError(
-            f"--seq_len {args.seq_len} is more than the model's context,"
-            f" {config.max_position_embeddings}"
-        )
-    if args.batch_size % args.grad_accum:
-        raise UsageError(
-            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
-        )
 
 
 def keep(trainer: Trainer) -> None:
@@ -273,8 +316,10 @@ def main() -> None:
     # 1. What is asked for, and does it go on from something?
     parser = make_parser()
     args, typed = parser.parse_args(), parser.explicit()
+    check_flags(args, typed)
     state = open_run(args, typed)
-    if state and state["step"] >= (args.steps or math.inf):
+    scored = any("val_loss_after" in record for record in read_log(Path(args.out) / "log.jsonl"))
+    if state and scored and state["step"] >= (args.steps or math.inf):
         print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
         return
     device = choose_device(args.device)
@@ -282,43 +327,35 @@ def main() -> None:
 
     # 2. The base, and what it is to learn
     torch.manual_seed(args.seed)
-    model, tokenizer = open_model(args.ckpt, device, "auto")
+    print_unless_quiet(args, f"reading  {args.ckpt} and {args.data}")
+    weights = "float32" if args.dtype == "float32" else "auto"
+    model, tokenizer = open_model(args.ckpt, device, weights)
     choose_recipe(args, model.config)
-    lesson = prepare(args, tokenizer)
+    lesson = read_lesson(args, tokenizer)
     if not args.steps and not args.minutes:
         args.steps = None if lesson.tasks else EPOCHS * lesson.batches
         args.minutes = BUILT_IN_MINUTES if lesson.tasks else None
-    digest = hashlib.blake2b((lesson.digest + weights_digest(model)).encode()).hexdigest()
+    if args.warmup is None:
+        args.warmup = min(WARMUP, (args.steps or 10**9) // 10)
+    digest = lesson.digest + weights_digest(model) + tokenizer.to_str()
+    digest = hashlib.blake2b(digest.encode()).hexdigest()
     if state and state["text"] != digest:
         raise UsageError(
             f"--data {args.data} or --ckpt {args.ckpt} has changed since the run began: start"
             " another run"
         )
 
-    # 3. How good is it before?
-    def measure() -> dict[str, Any]:
-        result = evaluate(model, lesson.held_out, device, dtype)
-        if lesson.tasks:
-            result |= judge(model, tokenizer, lesson.tasks)
-            plain = plain_stories(tokenizer, args.seq_len)
-            result["plain_loss"] = evaluate(model, plain, device, dtype)["val_loss"]
-        return result
-
-    before = measure()
-
-    # 4. What is trained
+    # 3. What is trained, and is there room for it?
+    loaded = sum(p.nbytes for p in model.parameters())
     if args.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:
         add_lora(model, args.rank, args.alpha, args.targets, args.dropout)
-    if state:
-        model.load_state_dict(state["model"], strict=args.full)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     piece = args.batch_size // args.grad_accum
-    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations)
+    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations) - loaded
     memory = check_memory(needed, device)
-    trainer = Trainer(args, model, tokenizer, digest, device, dtype, state)
     kept = "best.pt" if args.full else "adapter_model.safetensors, adapter_config.json"
     for line in (
         f"model    {args.ckpt}: {total:,} parameters, {trained:,} trained ({trained / total:.1%})",
@@ -326,11 +363,16 @@ def main() -> None:
         f"step     {args.batch_size} x up to {args.seq_len} tokens, {lesson.batches:,} an epoch",
         f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
         f"writes   {kept}, ckpt.pt, log.jsonl, curves.png in {args.out}",
-        *([f"resumes  after step {trainer.step}"] if trainer.step else []),
+        *([f"resumes  after step {state['step']}"] if state else []),
     ):
         print_unless_quiet(args, line)
 
-    # 5. Train
+    # 4. How good is it before? (Adapters begin at zero: this is the base.) Then train
+    before = measure(model, tokenizer, lesson, device, dtype)
+    if state:
+        model.load_state_dict(state["model"], strict=args.full)
+    trainer = Trainer(args, model, tokenizer, digest, device, dtype, state, {"text": lesson.about})
+    del state  # its tensors are in use now, or not needed
     trainer.fit(
         lesson.batch_at,
         lambda: evaluate(model, lesson.held_out, device, dtype),
@@ -342,26 +384,24 @@ def main() -> None:
         print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
 
-    # 6. What came out: of the step that did best, not of the last
+    # 5. What came out: of the step that did best, not of the last
     take_kept(trainer)
-    after = measure()
+    after = measure(model, tokenizer, lesson, device, dtype)
     summary = {"step": trainer.step, "trainable": trained, "total": total}
-    for name in ("val_loss", "val_bpb", "right", "plain_loss"):
+    for name in ("right", "by_kind", "val_loss", "val_bpb", "plain_loss"):
         if name in after:
             summary |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if lesson.tasks:
-        summary["by_kind"] = after["by_kind"]
-        if not args.full:
-            back = detach_lora(model)
-            plain = plain_stories(tokenizer, args.seq_len)
-            summary["plain_loss_off"] = evaluate(model, plain, device, dtype)["val_loss"]
-            back()
+        summary["by_kind"] = summary.pop("by_kind_after")
+    if lesson.plain and not args.full:
+        detach_lora(model)
+        summary["plain_loss_off"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
     trainer.log.write(summary)
     trainer.log.flush()
     if args.log_level != "quiet":
         if lesson.tasks:
             print_scores(lesson.tasks, before, after)
-        print_summary(args, summary)
+        print_summary(args, summary, chat=lesson.question is not None)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ from deepseek import (
 )
 
 FORMAT = 2  # of ckpt.pt
+RUN_FILES = [  # what a run may leave in --out
+    *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
+    *("adapter_model.safetensors", "adapter_config.json"),
+]
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
@@ -128,8 +132,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-def add_common_flags(parser: Parser) -> None:
-    """The flags that train.py and finetune.py share."""
+def add_common_flags(parser: Parser, out: str) -> None:
+    """The flags that train.py and finetune.py share; out: the default folder."""
     add, positive = parser.add_argument, number(int, 1)
     add("--steps", type=positive, help="optimizer steps (default: the recipe's)")
     add(
@@ -156,7 +160,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--eval_tokens", type=number(int, 1), default=50_000, help=held_out)
     add("--save_every", type=positive, help="steps between checkpoints (default: --eval_every)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights and data (default: 0)")
-    add("--out", default="out", help="folder for checkpoint, log and curves (default: out)")
+    add("--out", default=out, help=f"folder for what the run leaves (default: {out})")
     add("--resume", action="store_true", help="go on with the run in --out (default: off)")
     add("--overwrite", action="store_true", help="replace the run in --out (default: off)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there)")
@@ -567,6 +571,9 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
             raise UsageError(f"there is nothing to resume: {checkpoint} does not exist")
         state = load_checkpoint(checkpoint, mmap=False)  # the file will be replaced
         stored = state["args"]
+        if ("ckpt" in stored) != ("ckpt" in vars(args)):
+            script = "finetune.py" if "ckpt" in stored else "train.py"
+            raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
         for name in sorted(typed - {"resume", "out", "log_level", "device"}):
             value, old = getattr(args, name), stored.get(name)
             if name == "steps" and value >= (old or 0):
@@ -582,7 +589,7 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
                 setattr(args, name, value)
         return state
     if not args.overwrite:
-        for name in ("ckpt.pt", "log.jsonl", "best.pt", "adapter_config.json"):
+        for name in RUN_FILES:
             if (out / name).exists():
                 raise UsageError(
                     f"{out} holds another run: give --resume, --overwrite, or another --out"
@@ -623,7 +630,7 @@ class Trainer:
             if device.type == "cuda" and state["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], device)
         elif args.overwrite:
-            for name in ("ckpt.pt", "log.jsonl", "curves.png"):
+            for name in RUN_FILES:
                 (self.out / name).unlink(missing_ok=True)
         self.versions = {
             "python": platform.python_version(),
@@ -673,15 +680,17 @@ class Trainer:
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         counted = (targets != data.IGNORE).sum()
         loss, aux_loss, load = 0.0, 0.0, 0.0
-        pieces = zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True)
+        pieces = list(
+            zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True)
+        )
         for x, y in pieces:
             with autocast(self.device, self.dtype):
                 out = self.forward(x, y, checkpoint_activations=args.checkpoint_activations)
             share = (y != data.IGNORE).sum() / counted  # every token of the batch counts the same
-            piece_loss, piece_aux = out.loss * share, out.aux_loss / args.grad_accum
+            piece_loss, piece_aux = out.loss * share, out.aux_loss / len(pieces)
             self.scaler.scale(piece_loss + piece_aux).backward()
             loss, aux_loss = loss + piece_loss.detach(), aux_loss + piece_aux.detach()
-            load = load + out.expert_load / args.grad_accum
+            load = load + out.expert_load / len(pieces)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         self.scaler.step(self.optimizer)
@@ -798,7 +807,7 @@ def make_parser() -> Parser:
     add("--size", choices=list(PRESETS), default="tiny", help="of the model (default: tiny)")
     sources = ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories (default: stories)"
     add("--data", default="stories", help=sources)
-    add_common_flags(parser)
+    add_common_flags(parser, out="out")
     add_config_flags(parser)
     return parser
 
@@ -849,7 +858,8 @@ def check_memory(needed: int, device: torch.device) -> str:
     if needed > free:
         raise UsageError(
             f"about {needed / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
-            " free: take a smaller --size, more --grad_accum or --checkpoint_activations"
+            " free: take a smaller model or --seq_len, more --grad_accum, or"
+            " --checkpoint_activations"
         )
     return f"about {needed / 2**30:.2f} of {free / 2**30:.1f} GiB free"
 

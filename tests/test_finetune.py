@@ -62,10 +62,11 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
         ("a.json", '[{"instruction": "a", "input": 3, "output": "b"}]', "a.json row 1 is not"),
         ("a.json", '["a"]', "a.json row 1 is not"),
         ("a.json", '[{"instruction": "\\ud800", "output": "b"}]', "row 1 holds half a surrogate"),
-        ("a.json", "[", "cannot be read as JSON"),
-        ("a.json", "3", "cannot be read as JSON"),
+        ("a.json", "[", "a.json is not JSON"),
+        ("a.json", "3", "must be a list of rows, not int"),
+        ("a.json", '{"instruction": "a", "output": "b"}', "must be a list of rows, not dict"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
-        ("a.jsonl", "{", "cannot be read as JSONL"),
+        ("a.jsonl", "{}\n{", "a.jsonl line 2 is not JSON"),
         ("a.json", b"\xff", "byte 0 is wrong"),
         ("b.json", "[]", "a.json cannot be read"),
     ],
@@ -86,15 +87,15 @@ def test_alpaca_comes_from_the_hub(cats, monkeypatch):
 
 def test_equal_questions_are_held_out_together_and_never_nothing():
     pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
-    taught, held_out = data.held_out_pairs(pairs)
+    taught, held_out = data.hold_out(pairs)
     assert sorted(taught + held_out) == sorted(pairs)
     assert not {q for q, _ in taught} & {q for q, _ in held_out}
     assert 0 < len(held_out) < 0.15 * len(pairs)
     for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
-        taught, held_out = data.held_out_pairs(few)
+        taught, held_out = data.hold_out(few)
         assert taught and held_out
-    with pytest.raises(DataError, match="fewer than two different questions"):
-        data.held_out_pairs(PAIRS[:1] * 5)
+    with pytest.raises(DataError, match="questions: give at least 2"):
+        data.hold_out(PAIRS[:1] * 5)
 
 
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
@@ -118,7 +119,7 @@ def test_special_tokens_typed_into_a_question_or_an_answer_stay_text(tokenizer):
 def test_long_answers_are_cut_and_empty_ones_left_out_with_a_count(tokenizer):
     pairs = [PAIRS[0], ("Talk!", "cat " * 500), ("Nothing?", " \n"), ("big " * 500, "cat")]
     examples, counts = data.make_examples(pairs, tokenizer, 50)
-    assert counts == {"cut": 1, "empty": 1, "no_room": 1}
+    assert counts == {"cut": 1, "empty": 1, "no room": 1}
     whole, cut = examples
     assert whole.ids[-1] == 1 and len(cut.ids) == 51
     assert cut.ids[-1] != 1  # a cut answer does not end
@@ -128,7 +129,7 @@ def test_long_answers_are_cut_and_empty_ones_left_out_with_a_count(tokenizer):
 
 def some_examples(n=500):
     rng = np.random.default_rng(0)
-    return [Example(np.arange(2, 2 + length), 3) for length in rng.integers(6, 90, n)]
+    return [Example("", np.arange(2, 2 + length), 3) for length in rng.integers(6, 90, n)]
 
 
 def test_an_epoch_has_each_example_once_in_batches_of_like_length():
@@ -167,7 +168,7 @@ def test_padding_changes_nothing(tokenizer, trained):
     sizes = torch.tensor([float(len(e.ids) - e.answer) for e in examples])
     expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
     assert together.item() == pytest.approx(expected.item(), rel=1e-5)
-    windows = data.answer_windows(examples, tokenizer, 2)
+    windows = data.answer_windows(examples, tokenizer, 2, 10**9)
     assert windows.tokens == sizes.sum() and len(windows.rows) == 2
     assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
 
@@ -181,8 +182,9 @@ def test_padding_changes_nothing(tokenizer, trained):
 def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     before = trained.read_bytes()
     out = tmp_path / "o"
-    line = f"finetune --ckpt {trained} --data {cats} {full} --steps 30 --lr 0.03 --warmup 2"
-    code, text, err = run(f"{line} --batch_size 8 --dtype float32 --rank 4 --out {out}")
+    how = full or "--rank 4"
+    line = f"finetune --ckpt {trained} --data {cats} {how} --steps 30 --lr 0.03 --warmup 2"
+    code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
     assert code == 0, err
     assert "instructions" in text and "held out, nats/token" in text
     kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
@@ -247,9 +249,9 @@ def test_where_the_loss_rises_again_the_earlier_adapter_stays(run, trained, cats
     model, tokenizer = train.open_model(str(trained), torch.device("cpu"), "auto")
     load_lora(model, tmp_path / "o")
     held_out = data.make_examples(
-        data.held_out_pairs(data.read_instructions(str(cats)))[1], tokenizer, 32
+        data.hold_out(data.read_instructions(str(cats)))[1], tokenizer, 32
     )[0]
-    windows = data.answer_windows(held_out, tokenizer, 8)
+    windows = data.answer_windows(held_out, tokenizer, 8, 10**9)
     loss = train.evaluate(model, windows, torch.device("cpu"), torch.float32)["val_loss"]
     assert last["val_loss_after"] == pytest.approx(loss, rel=1e-4)
 
@@ -270,7 +272,7 @@ def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch
     line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
     assert run(f"{line} --log_level quiet")[0] == 0
     line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
-    code, out, _ = run(f"{line} --dtype float32 --out {tmp_path}/o")
+    code, out, _ = run(f"{line} --rank 8 --dtype float32 --out {tmp_path}/o")
     *_, summary = log_of(tmp_path / "o")
     assert code == 0 and "held-out tasks" in out and out.count("before, wrong:") >= 4
     assert summary["right_before"] == summary["right_after"] == 0
@@ -313,16 +315,19 @@ def test_built_in_tasks_held_out_share_no_hero_and_thing_with_the_taught():
     [
         ("--data {tmp}/cats.csv", "must be stories, alpaca, a .json"),
         ("--data {tmp}/none.json", "none.json cannot be read"),
-        ("--data {tmp}/empty.json", "fewer than two different questions"),
+        ("--data {tmp}/empty.json", "questions: give at least 2"),
         ("--data {tmp}/none.txt", "neither a file"),
         ("--data stories:0", "N from 1"),
-        ("--data {tmp}/long.json", "no instruction that fits into 32 tokens"),
+        ("--data {tmp}/long.json", "0 have an answer and fit into 32 tokens"),
+        ("--data stories", "need a context of"),
+        ("--data {cats} --full --rank 4", "--rank is of adapters"),
+        ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --targets nothing", "target 'nothing' is no linear layer"),
         ("--data {cats} --rank 0", "--rank"),
         ("--data {cats} --alpha nan", "--alpha"),
         ("--data {cats} --dropout 1", "--dropout"),
         ("--data {cats} --steps 3 --minutes 3", "exclude each other"),
-        ("--data {cats} --seq_len 64", "--seq_len 64 is more than the model's context, 32"),
+        ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
         ("--data {cats} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
         ("--data {cats} --ckpt {tmp}/none.pt", "does not exist"),
         ("--resume", "nothing to resume"),
@@ -331,11 +336,12 @@ def test_built_in_tasks_held_out_share_no_hero_and_thing_with_the_taught():
 def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "long.json").write_text(json.dumps(rows([("a " * 90, "b"), ("c " * 90, "d")])))
-    line = line.format(tmp=tmp_path, cats=cats)
-    if "--ckpt" not in line:
-        line += f" --ckpt {trained}"
-    code, _, err = run(f"finetune {line} --out {tmp_path}/o")
-    assert code == 2
+    line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
+    line += "" if "--ckpt" in line else f" --ckpt {trained}"
+    line += "" if "--out" in line else f" --out {tmp_path}/o"
+    before = trained.read_bytes()
+    code, _, err = run(f"finetune {line}")
+    assert code == 2 and trained.read_bytes() == before
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
 
 
@@ -354,6 +360,47 @@ def test_another_base_or_text_is_not_resumed_on(run, trained, cats, tmp_path):
     assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 2
     cats.write_text(json.dumps(rows(PAIRS)))
     assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 0
+
+
+def test_each_script_resumes_its_own_runs_only(run, trained, cats, tmp_path):
+    line = f"finetune --ckpt {trained} --data {cats} --steps 2 --batch_size 8 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    code, _, err = run(f"train --resume --steps 3 --out {tmp_path}/o")
+    assert code == 2 and "is of a run of finetune.py" in err
+    code, _, err = run(f"finetune --resume --steps 3 --ckpt {trained} --out {trained.parent}/.")
+    assert code == 2 and "holds the base" in err
+    shutil.copytree(trained.parent, tmp_path / "pretrained")
+    code, _, err = run(f"finetune --resume --steps 3 --out {tmp_path}/pretrained")
+    assert code == 2 and "is of a run of train.py" in err
+
+
+def test_a_run_killed_before_its_score_is_scored_on_resume(run, trained, cats, tmp_path):
+    line = f"finetune --ckpt {trained} --data {cats} --steps 2 --batch_size 8 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    log = tmp_path / "o" / "log.jsonl"
+    *lines, summary = log.read_text().splitlines()
+    log.write_text("\n".join(lines) + "\n")
+    assert run(f"finetune --resume --out {tmp_path}/o")[0] == 0
+    assert log_of(tmp_path / "o")[-1] == json.loads(summary)
+    code, out, _ = run(f"finetune --resume --out {tmp_path}/o")
+    assert code == 0 and "finished: 2 steps" in out
+
+
+def test_overwriting_removes_what_the_earlier_run_left(run, trained, cats, tmp_path):
+    line = f"finetune --ckpt {trained} --data {cats} --steps 2 --batch_size 8 --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    code, _, err = run(f"{line} --full")
+    assert code == 2 and "holds another run" in err
+    assert run(f"{line} --full --overwrite")[0] == 0
+    names = {p.name for p in (tmp_path / "o").iterdir()}
+    assert names == {"best.pt", "ckpt.pt", "log.jsonl", "curves.png"}
+
+
+def test_a_few_instructions_are_not_all_warm_up(run, trained, cats, tmp_path):
+    cats.write_text(json.dumps(rows(PAIRS[:20])))
+    assert run(f"finetune --ckpt {trained} --data {cats} --out {tmp_path}/o")[0] == 0
+    _, *records, _ = log_of(tmp_path / "o")
+    assert len(records) == 3 and records[0]["lr"] == finetune.RECIPE["lr"]
 
 
 def test_a_missing_or_unfit_adapter_is_said(run, trained, tmp_path):

@@ -242,6 +242,7 @@ def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
         dict(bias="all"),
         dict(use_rslora=True),
         dict(use_dora=True),
+        dict(lora_bias=True),
         dict(rank_pattern={"o_proj": 2}),
         dict(modules_to_save=["lm_head"]),
     ):
@@ -256,6 +257,9 @@ def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
     save_file(lost, file)
     with pytest.raises(CheckpointError, match="layers.1.self_attn.o_proj"):
         load_lora(random_model(small()), tmp_path)
+    save_file(state | {next(iter(state)).replace("weight", "bias"): torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match="holds tensors that are no lora_A"):
+        load_lora(random_model(small()), tmp_path)
     save_file({}, file)
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_lora(random_model(small()), tmp_path)
@@ -264,6 +268,9 @@ def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
         load_lora(random_model(small()), tmp_path)
     file.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
+        load_lora(random_model(small()), tmp_path)
+    path.write_text(json.dumps(record | dict(lora_alpha=None)))
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_lora(random_model(small()), tmp_path)
     path.write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
