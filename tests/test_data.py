@@ -344,6 +344,17 @@ def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     assert letters == sorted("".join("".join(spans).split()))
 
 
+def test_a_given_tokenizer_cuts_the_text_and_is_part_of_the_cache(corpus, tmp_path):
+    texts = ("The cat sat on mat small big " * 9, "zq xj vw kk zq xj " * 9)
+    given = [data.train_tokenizer([text], 275) for text in texts]
+    assert given[0].get_vocab_size() == given[1].get_vocab_size()
+    for tokenizer in given:
+        ready = data.prepare(str(corpus), tokenizer, tmp_path)
+        first = ready.train.ids[: ready.train.starts[1]].tolist()
+        assert ready.tokenizer.to_str() == tokenizer.to_str()
+        assert first[1:-1] == tokenizer.encode(tokenizer.decode(first)).ids
+
+
 def test_a_scored_file_is_cut_into_bos_text_eos(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(SEPARATOR.join(["one", "two"]))
     tokens = data.tokenize_file(str(tmp_path / "a.txt"), tokenizer)

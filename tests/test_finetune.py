@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL, log_of, same
-from safetensors.torch import load_file
 
 import data
 import finetune
 import stories
 import train
 from data import IGNORE, DataError, Example
-from deepseek import load_lora
+from deepseek import Config, load_lora
 
 PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
 
@@ -47,6 +46,8 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
         {"instruction": "Say hü.", "input": None, "output": ""},
     ]
     expected = [("Add.\n1 and 2", "3"), ("Say hi.", "hi"), ("Say hü.", "")]
+    content[1]["instruction"] = expected_line = "Say\u2028hi."  # no end of a line in .jsonl
+    expected[1] = (expected_line, "hi")
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
@@ -91,9 +92,9 @@ def test_equal_questions_are_held_out_together_and_never_nothing():
     assert sorted(taught + held_out) == sorted(pairs)
     assert not {q for q, _ in taught} & {q for q, _ in held_out}
     assert 0 < len(held_out) < 0.15 * len(pairs)
-    for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
+    for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3], [("q5", "a"), ("q5", "b"), ("q68", "c")]):
         taught, held_out = data.hold_out(few)
-        assert taught and held_out
+        assert taught and held_out and not {q for q, _ in taught} & {q for q, _ in held_out}
     with pytest.raises(DataError, match="questions: give at least 2"):
         data.hold_out(PAIRS[:1] * 5)
 
@@ -127,9 +128,25 @@ def test_long_answers_are_cut_and_empty_ones_left_out_with_a_count(tokenizer):
     assert inputs.shape == targets.shape == (2, 50)
 
 
+def test_an_answer_is_cut_where_the_context_ends_and_not_earlier(tokenizer):
+    question, said = PAIRS[0]
+    prompt = len(data.dialogue(tokenizer, [(question, None)]))
+    whole = data.dialogue(tokenizer, [(question, said)])
+    for seq_len, cut, no_room in (
+        (prompt, 0, 1),  # generation needs a place for the answer, too
+        (prompt + 1, 1, 0),
+        (len(whole) - 2, 1, 0),
+        (len(whole) - 1, 0, 0),  # eos is a target and no input
+    ):
+        examples, counts = data.make_examples([(question, f" {said}\n")], tokenizer, seq_len)
+        assert counts == {"cut": cut, "empty": 0, "no room": no_room}, seq_len
+    assert examples[0].ids.tolist() == whole and examples[0].question == question
+
+
 def some_examples(n=500):
     rng = np.random.default_rng(0)
-    return [Example("", np.arange(2, 2 + length), 3) for length in rng.integers(6, 90, n)]
+    lengths = rng.integers(6, 90, n)
+    return [Example("", np.arange(i + 2, i + 2 + k), 3) for i, k in enumerate(lengths)]
 
 
 def test_an_epoch_has_each_example_once_in_batches_of_like_length():
@@ -144,6 +161,16 @@ def test_an_epoch_has_each_example_once_in_batches_of_like_length():
         seen += [int(n) + 1 for n in own]
     assert sorted(seen) == sorted(lengths)
     assert padding < 0.05 * sum(lengths)
+
+
+def test_an_epoch_mixes_lengths_and_company_anew():
+    batches = data.AnswerBatches(some_examples(), 8, seed=1)
+    widths = [batches.at(step)[0].shape[1] for step in range(63)]
+    assert abs(np.corrcoef(np.arange(63), widths)[0, 1]) < 0.5
+    epochs = [
+        {frozenset(batches.at(63 * e + s)[0][:, 0].tolist()) for s in range(63)} for e in (0, 1)
+    ]
+    assert not epochs[0] & epochs[1]
 
 
 def test_batches_of_answers_depend_on_seed_and_step_alone():
@@ -182,7 +209,7 @@ def test_padding_changes_nothing(tokenizer, trained):
 def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     before = trained.read_bytes()
     out = tmp_path / "o"
-    how = full or "--rank 4"
+    how = full or "--rank 4 --alpha 6 --dropout 0.25"
     line = f"finetune --ckpt {trained} --data {cats} {how} --steps 30 --lr 0.03 --warmup 2"
     code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
     assert code == 0, err
@@ -212,6 +239,10 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert run(f"sample {place} --export {tmp_path}/hf")[0] == 0
     exported = run(f"sample --ckpt {tmp_path}/hf {prompt}")[1]
     assert exported == run(f"sample {place} {prompt}")[1]
+    record = json.loads((out / "adapter_config.json").read_text())
+    assert record["base_model_name_or_path"] == str(trained)
+    assert (record["r"], record["lora_alpha"], record["lora_dropout"]) == (4, 6.0, 0.25)
+    assert f"next: python sample.py {place} --chat" in text
     load_lora(model, out)
     adapted = model(torch.arange(20)[None]).logits
     merged, _ = train.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
@@ -235,19 +266,23 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert code == 0 and "finished: 12 steps" in out
 
 
-def test_where_the_loss_rises_again_the_earlier_adapter_stays(run, trained, cats, tmp_path):
+@pytest.mark.parametrize("how", ["--rank 2", "--full"])
+def test_where_the_loss_rises_again_the_earlier_best_stays(run, trained, cats, tmp_path, how):
     line = f"finetune --ckpt {trained} --data {cats} --batch_size 8 --warmup 0 --dtype float32"
-    line += f" --schedule constant --eval_every 1 --rank 2 --out {tmp_path}/o"
+    line += f" --schedule constant --eval_every 1 {how} --out {tmp_path}/o"
     assert run(f"{line} --steps 4 --lr 0.01")[0] == 0
-    kept = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    kept = tmp_path / "o" / ("best.pt" if how == "--full" else "adapter_model.safetensors")
+    before = kept.read_bytes()
     state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
     state["best_val_loss"] = 0.0  # as if no later step could be better
     train.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
     assert run(f"finetune --resume --steps 6 --out {tmp_path}/o")[0] == 0
-    assert same(load_file(tmp_path / "o" / "adapter_model.safetensors"), kept)
+    assert kept.read_bytes() == before
     *_, last = log_of(tmp_path / "o")
-    model, tokenizer = train.open_model(str(trained), torch.device("cpu"), "auto")
-    load_lora(model, tmp_path / "o")
+    source = str(kept if how == "--full" else trained)
+    model, tokenizer = train.open_model(source, torch.device("cpu"), "auto")
+    if how != "--full":
+        load_lora(model, tmp_path / "o")
     held_out = data.make_examples(
         data.hold_out(data.read_instructions(str(cats)))[1], tokenizer, 32
     )[0]
@@ -276,6 +311,7 @@ def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch
     *_, summary = log_of(tmp_path / "o")
     assert code == 0 and "held-out tasks" in out and out.count("before, wrong:") >= 4
     assert summary["right_before"] == summary["right_after"] == 0
+    assert "40 instructions, 12 held out" in out
     assert set(summary["by_kind"]) <= set(stories.TASKS) and len(summary["by_kind"]) >= 4
     assert summary["plain_loss_off"] == summary["plain_loss_before"]
     assert summary["plain_loss_after"] != summary["plain_loss_before"]
@@ -291,6 +327,101 @@ def test_answers_are_judged_by_kind(monkeypatch):
     assert {v for k, v in score["by_kind"].items() if k != "who"} == {1}
     who = sum(t.kind == "who" for t in tasks)
     assert score["right"] == pytest.approx(1 - who / 60, abs=1e-4)
+
+
+def scored(right):
+    kinds = {"where": right, "who": right / 2}
+    return {"right": right, "by_kind": kinds, "answers": ["x"] * 12}
+
+
+def test_before_is_before_and_after_is_after(run, tmp_path, monkeypatch, capsys):
+    tasks = [t for t, _ in zip(stories.instructions(3), range(12), strict=False)]
+    tasks = [t for t in tasks if t.kind in ("where", "who")]
+    finetune.print_scores(tasks, scored(0.2), scored(0.9))
+    table = capsys.readouterr().out
+    assert [line.split()[-2:] for line in table.splitlines()[2:5]] == [
+        ["20.0%", "90.0%"],
+        ["10.0%", "45.0%"],
+        ["20.0%", "90.0%"],
+    ]
+    line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
+    assert run(f"{line} --log_level quiet")[0] == 0
+    scores = iter([scored(0.2), scored(0.9)])
+    monkeypatch.setattr(finetune, "judge", lambda *_: next(scores))
+    line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
+    assert run(f"{line} --out {tmp_path}/o --log_level quiet")[0] == 0
+    *_, summary = log_of(tmp_path / "o")
+    assert (summary["right_before"], summary["right_after"]) == (0.2, 0.9)
+    assert summary["by_kind"] == scored(0.9)["by_kind"]
+
+
+def read_lesson(trained, line):
+    tokenizer = data.load_tokenizer(train.load_checkpoint(trained)["tokenizer"])
+    args = finetune.make_parser().parse_args(line.split())
+    args.seq_len = args.seq_len or 512  # this tokenizer knows few words
+    finetune.choose_recipe(args, Config.preset("tiny", max_position_embeddings=512))
+    return finetune.read_lesson(args, tokenizer)
+
+
+def test_what_is_held_out_is_not_taught(trained, cats):
+    taught, held_out = data.hold_out(PAIRS)
+    lesson = read_lesson(trained, f"--data {cats} --seq_len 32 --batch_size 8")
+    assert lesson.about.startswith(f"{len(taught)} instructions, {len(held_out)} held out")
+    assert lesson.question == held_out[0][0]
+    built_in = read_lesson(trained, "--data stories:50")
+    tasks = stories.instructions(0, held_out=True)
+    assert built_in.tasks == [t for t, _ in zip(tasks, range(300), strict=False)]
+    assert built_in.about.startswith("50 instructions, ")
+    other = read_lesson(trained, "--data stories:50 --seed 1")
+    assert not torch.equal(other.batch_at(0)[0], built_in.batch_at(0)[0])
+
+
+def test_the_plain_stories_are_none_that_were_trained_on(trained, monkeypatch):
+    seeds, tell = [], stories.tell
+    monkeypatch.setattr(stories, "tell", lambda seed: seeds.append(seed) or tell(seed))
+    assert read_lesson(trained, "--data stories:50").plain.tokens > 10_000
+    assert len(set(seeds)) == 100 and min(seeds) >= 10**9
+
+
+def test_how_long_it_trains_unless_told(run, trained, cats, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(trainer, *_):
+        seen.append((trainer.args.steps, trainer.args.minutes, trainer.args.lr))
+        trainer.stop = True
+
+    monkeypatch.setattr(train.Trainer, "fit", fit)
+    (tmp_path / "dogs.txt").write_text("The dog 7 sat on the rug. " * 400)
+    epochs = []
+    for source in (cats, tmp_path / "dogs.txt"):
+        epochs.append(read_lesson(trained, f"--data {source} --seq_len 32").batches)
+        line = f"finetune --ckpt {trained} --data {source} --out {tmp_path}/{len(seen)}"
+        code, out, _ = run(line)
+        assert code == 0 and "stopped after step 0, saved; python finetune.py --resume" in out
+        assert "val_loss_after" not in log_of(tmp_path / str(len(seen) - 1))[-1]
+    assert run(f"finetune --ckpt {trained} --data {cats} --full --out {tmp_path}/2")[0] == 0
+    assert [steps for steps, _, _ in seen[:2]] == [3 * n for n in epochs] and epochs[1] > 3
+    assert seen[2][2] == finetune.FULL_RECIPE["lr"] != seen[0][2] == finetune.RECIPE["lr"]
+
+
+def test_answers_are_greedy_and_end_at_eos(tokenizer):
+    asked = {}
+
+    class Says(torch.nn.Module):  # " Cat", eos, and then what follows must not count
+        config = Config.preset("tiny")
+
+        def generate(self, prompts, limit, **how):
+            asked.update(how, limit=limit)
+            said = [*tokenizer.encode(" Cat").ids, 1]
+            return (torch.tensor([token] * len(prompts)) for token in said)
+
+    assert finetune.answer(Says(), tokenizer, ["a", "b"]) == ["Cat", "Cat"]
+    assert asked == {
+        "temperature": 0,
+        "stop": 1,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "limit": finetune.LONGEST_ANSWER,
+    }
 
 
 def test_answers_together_are_those_one_by_one(trained):
@@ -356,8 +487,10 @@ def test_another_base_or_text_is_not_resumed_on(run, trained, cats, tmp_path):
     code, _, err = run(f"finetune --resume --steps 3 --out {tmp_path}/o")
     assert code == 2 and "has changed since the run began" in err
     shutil.copy(trained, base)
-    cats.write_text(json.dumps(rows(PAIRS[:-1])))
-    assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 2
+    other = [(q, a + "!" if (q, a) in data.hold_out(PAIRS)[1] else a) for q, a in PAIRS]
+    for changed in (PAIRS[:-1], other):
+        cats.write_text(json.dumps(rows(changed)))
+        assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 2
     cats.write_text(json.dumps(rows(PAIRS)))
     assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 0
 

@@ -239,8 +239,11 @@ def test_a_copying_start_tells_later_tokens_what_came_and_the_head_reads_it_off(
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     assert embedding.std().item() == pytest.approx(0.2, rel=0.02)
     assert torch.equal(head, embedding / 2) and head.data_ptr() != embedding.data_ptr()
+    small_start = DeepSeek(Config.preset("tiny", initializer_range=0.02))
+    for std, start in ((0.08, model), (0.04, small_start)):
+        for layer in start.model.layers:
+            assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(std, rel=0.02)
     attention = model.model.layers[1].self_attn
-    assert attention.o_proj.weight.std().item() == pytest.approx(0.08, rel=0.02)
     w_dkv = attention.kv_a_proj_with_mqa.weight[:64]
     w_uv = attention.kv_b_proj.weight.view(2, 32 + 48, 64)[:, 32:]
     for h in range(2):  # symmetric and positive: W_O W_UV W_DKV of each head

@@ -297,6 +297,7 @@ def test_weight_decay_acts_on_matrices_only():
     assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
     assert vectors["weight_decay"] == 0.0 and all(p.dim() == 1 for p in vectors["params"])
     assert matrices["betas"] == (0.9, 0.95)
+    assert train.make_optimizer(model, 1e-3, 0.1, 0.9).param_groups[0]["betas"] == (0.9, 0.9)
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
@@ -399,8 +400,9 @@ def test_fit_takes_each_step_once_in_training_mode_and_goes_on(trained, tmp_path
     again = small_trainer(tmp_path, trained, state, steps=5)
     assert again.best == 1.0 and again.step == 3
     steps.clear()
-    again.fit(batch_at, lambda: {"val_loss": 4.0}, lambda: "")
-    assert steps == [3, 4]
+    kept = []
+    again.fit(batch_at, lambda: {"val_loss": 1.0}, lambda: "", lambda: kept.append(1))
+    assert steps == [3, 4] and not kept  # no better than before
 
 
 def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
