@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from stories import parse, tell
+from stories import SAID, parse, tell
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
 TEMPLATE = "User: {question}\n\nAssistant:"  # DeepSeek-V2's chat; " answer" and eos follow
@@ -47,6 +47,7 @@ FORMAT = 1  # of the prepared files; another number means: prepare again
 PIECE = 2**20  # characters of a long document that are handled at a time
 TOKENIZER_TEXT = 100 * 2**20  # characters that the tokenizer learns from, spread over the corpus
 IGNORE = -100  # a target that counts nothing
+FACT_KINDS = tuple(SAID)  # of what stories recall: name, object, place, ...
 
 HUB = {"tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt")}
 HUB_INSTRUCTIONS = {"alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")}
@@ -544,7 +545,8 @@ class Windows:
     tokens: int  # targets that count, eos included
     bytes: int  # bytes of text that these targets stand for
     floor: float | None = None  # of stories: nats per token that no model can go below
-    facts: list[Tensor] | None = None  # of stories: [b, t] bool, targets that are recalled facts
+    # of stories: [b, t] int64, 0 or, where the target recalls a fact, 1 + its place in FACT_KINDS
+    facts: list[Tensor] | None = None
 
 
 def windows(
@@ -565,7 +567,7 @@ def windows(
         if limit is not None and count >= limit:
             break
         document = tokens.ids[start:end].astype(np.int64)
-        facts = np.zeros(len(document), bool)
+        facts = np.zeros(len(document), np.int64)
         if stories:
             story_nats, facts = read_story(document, tokenizer)
             nats += story_nats
@@ -582,19 +584,21 @@ def windows(
         group = rows[i : i + batch_size]
         inputs = pad([ids[:-1] for ids, _ in group], 0)
         batches.append((inputs, pad([ids[1:] for ids, _ in group], IGNORE)))
-        marks.append(pad([facts[1:] for _, facts in group], False))
+        marks.append(pad([facts[1:] for _, facts in group], 0))
     if not stories:
         return Windows(batches, count, n_bytes)
     return Windows(batches, count, n_bytes, nats / max(1, count), marks)
 
 
 def read_story(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[float, np.ndarray]:
-    """Of one document [n], bos + story + eos: -log of its probability in nats, and which of its
-    tokens [n] bool belong to facts that the story has fixed before."""
+    """Of one document [n], bos + story + eos: -log of its probability in nats, and for each of its
+    tokens [n] which kind of fact, fixed earlier in the story, it recalls (see `Windows.facts`)."""
     story = parse(tokenizer.decode(ids.tolist()))
-    facts = np.zeros(len(ids), bool)
+    facts = np.zeros(len(ids), np.int64)
     for i, (start, end) in enumerate(tokenizer.encode(story.text).offsets, start=1):
-        facts[i] = any(start < b and a < end for a, b, _ in story.facts)
+        for a, b, kind in story.facts:
+            if start < b and a < end:
+                facts[i] = 1 + FACT_KINDS.index(kind)
     return story.nats, facts
 
 

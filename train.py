@@ -390,6 +390,19 @@ def rounded(value: float, digits: int = 6) -> float:
     return float(f"{value:.{digits}g}")
 
 
+def draw_recall(axis, records: list[dict[str, Any]]) -> None:
+    """Facts of stories that are recalled, in all and by kind, the kind that is best last on top."""
+    steps, last = [r["step"] for r in records], records[-1]["val_recall_by_kind"]
+    for i, kind in enumerate(sorted(last, key=last.get, reverse=True)):
+        shares = [100 * r["val_recall_by_kind"].get(kind, math.nan) for r in records]
+        axis.plot(steps, shares, "-" if i < 8 else "--", color=f"C{i % 8}", lw=1, label=kind)
+    every = [100 * r["val_recall"] for r in records]
+    axis.plot(steps, every, color="tab:gray", lw=3, alpha=0.6, label="all")
+    axis.set_ylim(0, 102)
+    axis.set_ylabel("facts recalled (%)")
+    axis.legend(frameon=False, fontsize="x-small", ncols=1, bbox_to_anchor=(1, 1), loc="upper left")
+
+
 def draw_curves(log: Path, target: Path) -> None:
     """curves.png from log.jsonl: loss, learning rate, expert load per layer."""
     import matplotlib
@@ -407,9 +420,14 @@ def draw_curves(log: Path, target: Path) -> None:
     evaluated = [r for r in records if "val_loss" in r]
     loads = [r for r in records if "expert_load" in r]
 
-    fig, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(8, 9), height_ratios=[3, 1, 2], sharex=True, layout="constrained"
-    )
+    recalls = [r for r in records if "val_recall_by_kind" in r]
+
+    heights = [3, 2, 1, 2] if recalls else [3, 1, 2]
+    fig, axes = plt.subplots(
+        len(heights), figsize=(8, 1.5 * sum(heights)), height_ratios=heights, sharex=True,
+        layout="constrained",
+    )  # fmt: skip
+    top, *_, middle, bottom = axes
     span = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.ones(span) / span, "valid")
     top.plot(steps, losses, color="tab:blue", alpha=0.2, lw=0.7)
@@ -424,18 +442,8 @@ def draw_curves(log: Path, target: Path) -> None:
     )
     if header.get("floor"):
         top.axhline(header["floor"], color="tab:red", ls="--", lw=1, label="entropy of the stories")
-    if any("val_recall" in r for r in evaluated):
-        right = top.twinx()
-        right.plot(
-            [r["step"] for r in evaluated],
-            [100 * r["val_recall"] for r in evaluated],
-            "s-",
-            color="tab:purple",
-            ms=3,
-            lw=1,
-        )
-        right.set_ylim(0, 100)
-        right.set_ylabel("facts recalled (%)", color="tab:purple")
+    if recalls:
+        draw_recall(axes[1], recalls)
     top.set_ylabel("cross-entropy (nats per token)")
     top.set_yscale("log")  # the last tenths take most of the time
     top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -514,8 +522,10 @@ def evaluating(model: DeepSeek) -> Iterator[None]:
 
 def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, float]:
     """val_loss (nats per token, cross-entropy alone) and val_bpb (bits per byte) on held-out
-    windows; of stories also val_recall, the share of recalled facts that the model gets right."""
-    nats, right, facts = 0.0, 0, 0
+    windows; of stories also val_recall, the share of recalled facts that the model gets right, and
+    the same by kind of fact."""
+    nats, kinds = 0.0, 1 + len(data.FACT_KINDS)
+    right, facts = torch.zeros(2, kinds, dtype=torch.long)
     with evaluating(model), autocast(device, dtype):
         for i, (inputs, targets) in enumerate(held_out.rows):
             inputs, targets = inputs.to(device), targets.to(device)
@@ -525,14 +535,22 @@ def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, flo
                 continue
             logits = model(inputs).logits.float()  # B T V
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            recalled = held_out.facts[i].to(device)
-            right += int((logits.argmax(-1) == targets)[recalled].sum())
-            facts += int(recalled.sum())
+            hit = (logits.argmax(-1) == targets).cpu()
+            right += torch.bincount(held_out.facts[i][hit], minlength=kinds)
+            facts += torch.bincount(held_out.facts[i].flatten(), minlength=kinds)
     result = {
         "val_loss": rounded(nats / held_out.tokens),
         "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
     }
-    return result | ({"val_recall": rounded(right / facts, 4)} if facts else {})
+    right, facts = (
+        right[1:].tolist(),
+        facts[1:].tolist(),
+    )  # place 0 are the tokens that are no facts
+    if any(facts):
+        shares = zip(data.FACT_KINDS, right, facts, strict=True)
+        result["val_recall"] = rounded(sum(right) / sum(facts), 4)
+        result["val_recall_by_kind"] = {kind: rounded(r / n, 4) for kind, r, n in shares if n}
+    return result
 
 
 def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: int = 60) -> str:

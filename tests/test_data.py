@@ -335,13 +335,14 @@ def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     stories = [by_text[text] for text in val]
     assert got.floor == pytest.approx(sum(s.nats for s in stories) / got.tokens)
     assert got.tokens == len(ready.val.ids) - len(val)
-    found = []
-    for (_, targets), marks in zip(got.rows, got.facts, strict=True):
-        assert not (marks & (targets == data.IGNORE)).any()
-        found += targets[marks].tolist()
-    spans = [story.text[a:b] for story in stories for a, b, _ in story.facts]
-    letters = sorted("".join(ready.tokenizer.decode(found).split()))
-    assert letters == sorted("".join("".join(spans).split()))
+    for number, kind in enumerate(data.FACT_KINDS, 1):
+        found = []
+        for (_, targets), marks in zip(got.rows, got.facts, strict=True):
+            assert not ((marks > 0) & (targets == data.IGNORE)).any()
+            found += targets[marks == number].tolist()
+        spans = [story.text[a:b] for story in stories for a, b, k in story.facts if k == kind]
+        letters = sorted("".join(ready.tokenizer.decode(found).split()))
+        assert letters == sorted("".join("".join(spans).split())), kind
 
 
 def test_a_given_tokenizer_cuts_the_text_and_is_part_of_the_cache(corpus, tmp_path):

@@ -16,7 +16,7 @@ import data
 import sample
 import stories
 import train
-from deepseek import Config
+from deepseek import Config, Output
 
 
 def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
@@ -196,6 +196,7 @@ def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):
     assert code == 0 and f"floor    {header['floor']:.4f} nats/token" in out
     assert 0.1 < header["floor"] < records[-1]["val_loss"]
     assert 0 <= records[-1]["val_recall"] < 0.5 and "facts recalled" in out
+    assert {"name", "object", "place"} < set(records[-1]["val_recall_by_kind"])
     code, out, _ = run(f"sample --ckpt {tmp_path}/ckpt.pt --check 3 --seed 0")
     assert code == 0 and "0 of 3 stories are valid" in out and "first mistakes: wording 3" in out
 
@@ -289,6 +290,29 @@ def test_the_recipe_fills_in_what_was_not_typed():
     typed = "--lr 0.1 --beta2 0.5 --schedule step --batch_size 3 --steps 7"
     assert chosen(typed) == (0.1, 0.5, "step", 3, None, 7)
     assert chosen("--size 1b")[1:3] == (0.95, "step")  # the paper's
+
+
+def test_recall_is_counted_by_kind(tmp_path):
+    ready = data.prepare("stories:150", 1024, tmp_path)
+    held_out = data.windows(ready.val, ready.tokenizer, 256, 4, stories=True)
+    name = 1 + data.FACT_KINDS.index("name")
+
+    class Names(torch.nn.Module):  # a model that knows names and nothing else
+        rows = iter(zip(held_out.rows, held_out.facts, strict=True))
+
+        def forward(self, inputs):
+            (_, targets), facts = next(self.rows)
+            said = torch.where(facts == name, targets, 0)
+            logits = torch.nn.functional.one_hot(said.clamp(min=0), 1024).float()
+            return Output(logits, None, None, None)
+
+    got = train.evaluate(Names(), held_out, torch.device("cpu"), torch.float32)
+    kinds = got["val_recall_by_kind"]
+    assert kinds["name"] == 1 and len(kinds) > 8
+    assert all(share == 0 for kind, share in kinds.items() if kind != "name")
+    counts = torch.cat([facts.flatten() for facts in held_out.facts]).bincount()
+    expected = counts[name] / counts[1:].sum()
+    assert got["val_recall"] == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_weight_decay_acts_on_matrices_only():
