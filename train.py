@@ -431,7 +431,7 @@ def draw_curves(log: Path, target: Path) -> None:
     span = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.ones(span) / span, "valid")
     top.plot(steps, losses, color="tab:blue", alpha=0.2, lw=0.7)
-    top.plot(steps[span - 1 :], smooth, color="tab:blue", label=f"training, mean of {span} steps")
+    top.plot(steps[span - 1 :], smooth, color="tab:blue", label="training, running mean")
     top.plot(
         [r["step"] for r in evaluated],
         [r["val_loss"] for r in evaluated],
@@ -468,7 +468,8 @@ def draw_curves(log: Path, target: Path) -> None:
         bottom.set_yticklabels([])
         bottom.set_ylabel(f"{len(grid) // experts} MoE layers x {experts} experts")
         bottom.invert_yaxis()
-        fig.colorbar(mesh, ax=bottom, label="load / average", extend="max")
+        beside = bottom.inset_axes([1.02, 0, 0.025, 1])
+        fig.colorbar(mesh, cax=beside, label="load / average", extend="max")
     bottom.set_xlabel("step")
     temporary = target.with_suffix(".tmp.png")
     fig.savefig(temporary, dpi=110)
