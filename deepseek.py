@@ -436,7 +436,7 @@ class MLA(nn.Module):
 
         The rank is below D (half of it in tiny), but random directions are nearly orthogonal: a
         token comes out more like itself than like any other. The scale gives W_O twice the usual
-        std; at four times, what all tokens say at once drowned what one says.
+        std.
         """
         c = self.config
         w_dkv = self.kv_a_proj_with_mqa.weight[: c.kv_lora_rank]  # R D
