@@ -380,11 +380,11 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path) -> Dataset:
         found = scan(_counted(read_documents(files), b))
     if not found.documents:
         raise DataError(f"data {source!r} is empty: it holds no text")
-    given = isinstance(tokens, Tokenizer)
-    which = tokens.to_str() if given else tokens
+    which, vocab_size = tokens, tokens
+    if isinstance(tokens, Tokenizer):
+        which, vocab_size = tokens.to_str(), tokens.get_vocab_size()
     key = f"{found.digest} {which} {FORMAT} {tokenizers.__version__}"
-    size = tokens.get_vocab_size() if given else tokens
-    folder = cache / f"{name}-{size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
+    folder = cache / f"{name}-{vocab_size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         # Built under another name and renamed when complete: a half-written one is never found.

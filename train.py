@@ -543,10 +543,7 @@ def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, flo
         "val_loss": rounded(nats / held_out.tokens),
         "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
     }
-    right, facts = (
-        right[1:].tolist(),
-        facts[1:].tolist(),
-    )  # place 0 are the tokens that are no facts
+    right, facts = right.tolist()[1:], facts.tolist()[1:]  # 0: tokens that recall no fact
     if any(facts):
         shares = zip(data.FACT_KINDS, right, facts, strict=True)
         result["val_recall"] = rounded(sum(right) / sum(facts), 4)
