@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import data
 import finetune
 import sample
@@ -119,7 +120,7 @@ def run(monkeypatch, capsys):
 
     def run(line: str):
         name, *arguments = line.split()
-        script = {"train": train, "finetune": finetune, "sample": sample}[name]
+        script = {"train": train, "finetune": finetune, "sample": sample, "bench": bench}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:

@@ -896,3 +896,16 @@ def test_presets_refuse_unknown_names_and_fields():
     with pytest.raises(ConfigError, match="'n_experts' is not a field"):
         Config.preset("tiny", n_experts=3)
     assert Config.preset("1b", n_routed_experts=32).n_routed_experts == 32
+
+
+def test_short_attention_in_bf16_on_a_cpu_is_the_attention_of_flash():
+    config = small()
+    mla = random_model(config).model.layers[0].self_attn.to(torch.bfloat16)
+    heads = config.num_attention_heads
+    widths = [(heads, config.qk_nope_head_dim), (heads, config.qk_rope_head_dim)]
+    widths += [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
+    inputs = [torch.randn(2, 40, *width, dtype=torch.bfloat16) for width in widths]
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    plain, flash = mla.expanded(*inputs, None), mla.expanded(*inputs, causal)
+    assert not torch.equal(plain, flash)  # two ways, indeed
+    assert (plain - flash).abs().max() < 0.02 * flash.abs().max()

@@ -1,0 +1,448 @@
+"""
+What deepseek.py costs in time and memory, against its peers and the machine's limits.
+
+    python bench.py                                # on this machine's device, some minutes
+    python bench.py --only decode,cache            # parts of it
+    python bench.py --device cuda --json bench.json --picture bench.png
+
+Where two things are compared they take turns in one run; what is told is the median. "transformers"
+is the library's DeepSeek-V2 with the same shape and weights, as it comes; without the library those
+lines are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek import Config, DeepSeek
+from train import Parser, autocast, choose_device, choose_dtype, make_optimizer, number, run_script
+
+TRAINING = dict(batch=8, length=256)  # of tiny, as train.py trains it
+CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+class Line(NamedTuple):
+    """A line of the table."""
+
+    part: str
+    what: str
+    value: float
+    unit: str
+    ratio: float | None = None  # of the first line's speed (or size) to this one's
+    to: str = ""  # what the ratio compares with
+
+
+# ----------------------------------------------------------------------------------------------
+# How it is measured
+# ----------------------------------------------------------------------------------------------
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Median seconds of each function: all are called once unmeasured, then in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-1, rounds):
+        for name, call in contenders.items():
+            wait(device)
+            began = time.perf_counter()
+            call()
+            wait(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def compared(
+    part: str, unit: str, amount: float, seconds: dict[str, float], to: str
+) -> Iterator[Line]:
+    """Lines of amount per second, and how many times as fast as the contender `to` each is."""
+    for name, time_taken in seconds.items():
+        ratio = seconds[to] / time_taken if to in seconds and name != to else None
+        yield Line(part, name, amount / time_taken, unit, ratio, to if ratio else "")
+
+
+def flops_per_token(config: Config, length: int) -> float:
+    """Of training: 6 for each active parameter, 3 times the forward pass for each pair of tokens
+    that attend (half of all), nothing for what checkpointing repeats."""
+    with torch.device("meta"):
+        _, active = DeepSeek(config).num_parameters()
+    pair = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return 6 * active + 3 * config.num_hidden_layers * pair * length / 2
+
+
+def transformers_twin(model: DeepSeek) -> Any:
+    """transformers' model with the same weights; None without the library."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def dense_twin(config: Config) -> Config:
+    """The same model without experts, its feed-forward layers so wide that as many parameters
+    are active."""
+    layers = config.num_hidden_layers
+
+    def active(width: int) -> int:
+        with torch.device("meta"):
+            dense = replace(config, first_k_dense_replace=layers, intermediate_size=width)
+            return DeepSeek(dense).num_parameters()[1]
+
+    with torch.device("meta"):
+        wanted = DeepSeek(config).num_parameters()[1]
+    per_width = active(2) - active(1)
+    width = round((wanted - active(1)) / per_width) + 1
+    return replace(config, first_k_dense_replace=layers, intermediate_size=width)
+
+
+# ----------------------------------------------------------------------------------------------
+# The parts
+# ----------------------------------------------------------------------------------------------
+
+
+def peak(device: torch.device, rounds: int) -> Iterator[Line]:
+    """What the machine can do at most: a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        seconds = take_turns({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]
+        yield Line("peak", name_of(dtype), 2 * n**3 / seconds / 1e12, "TFLOP/s")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def training_step(
+    model: torch.nn.Module, loss_of: Callable[[], Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A whole step: forward, backward, clipping, AdamW."""
+    optimizer = make_optimizer(model.to(device).train(), 1e-4, 0.1, 0.95)
+
+    def step() -> None:
+        with autocast(device, dtype):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(
+    config: Config, ids: Tensor, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[], None]:
+    model = DeepSeek(config)
+    forward = torch.compile(model) if compiled else model
+
+    def loss() -> Tensor:
+        out = forward(ids[:, :-1], ids[:, 1:])
+        return out.loss + out.aux_loss
+
+    return training_step(model, loss, device, dtype)
+
+
+def random_ids(config: Config, batch: int, length: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
+
+
+def dtypes_of(device: torch.device) -> list[torch.dtype]:
+    """fp32, and what train.py would take."""
+    return list(dict.fromkeys([torch.float32, choose_dtype("auto", device)]))
+
+
+def train(device: torch.device, rounds: int) -> Iterator[Line]:
+    """Steps of tiny, against transformers (each in every dtype that is real here), a dense model
+    with as many active parameters, and the machine's peak."""
+    config = Config.preset("tiny")
+    ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
+    contenders, dtype = {}, choose_dtype("auto", device)
+    for kind in dtypes_of(device):
+        contenders[f"deepseek.py, {name_of(kind)}"] = our_step(config, ids, device, kind)
+        if (twin := transformers_twin(DeepSeek(config))) is not None:
+            x = ids[:, :-1]  # it shifts the labels itself
+
+            def loss(twin=twin, x=x) -> Tensor:
+                return twin(input_ids=x, labels=x, use_cache=False).loss
+
+            contenders[f"transformers, {name_of(kind)}"] = training_step(twin, loss, device, kind)
+    contenders["dense, as many active"] = our_step(dense_twin(config), ids, device, dtype)
+    seconds = take_turns(contenders, device, rounds)
+    tokens = TRAINING["batch"] * TRAINING["length"]
+    peers = {name: t for name, t in seconds.items() if name.startswith("transformers")}
+    yield from compared("train", "tok/s", tokens, seconds, min(peers, key=peers.get, default=""))
+    ours = seconds[f"deepseek.py, {name_of(dtype)}"]
+    overhead = ours / seconds["dense, as many active"]
+    yield Line("train", "MoE step over dense step", overhead, "times")
+    rate = flops_per_token(config, TRAINING["length"]) * tokens / ours / 1e12
+    yield Line("train", f"deepseek.py, {name_of(dtype)}", rate, "TFLOP/s")
+
+
+def compile(device: torch.device, rounds: int) -> Iterator[Line]:
+    """The same step through torch.compile, and how long compiling takes."""
+    config, dtype = Config.preset("tiny"), choose_dtype("auto", device)
+    ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
+    compiled = our_step(config, ids, device, dtype, compiled=True)
+    began = time.perf_counter()
+    compiled()
+    yield Line("compile", "first step", time.perf_counter() - began, "s")
+    eager = our_step(config, ids, device, dtype)
+    seconds = take_turns({"eager": eager, "compiled": compiled}, device, rounds)
+    tokens = TRAINING["batch"] * TRAINING["length"]
+    yield from compared("compile", "tok/s", tokens, seconds, "eager")
+
+
+@torch.no_grad()
+def decode(device: torch.device, rounds: int) -> Iterator[Line]:
+    """Greedy decoding of tiny, one sequence, with a cache."""
+    new = 100
+    config = Config.preset("tiny")
+    torch.manual_seed(0)
+    model = DeepSeek(config).to(device).eval()
+    prompt = random_ids(config, 1, 16, device)
+    contenders = {"deepseek.py": lambda: list(model.generate(prompt, new, temperature=0))}
+    if (twin := transformers_twin(model)) is not None:
+        twin = twin.to(device)
+        limits = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        contenders["transformers"] = lambda: twin.generate(prompt, **limits)
+        ours = torch.stack(contenders["deepseek.py"](), 1)
+        if not torch.equal(ours, contenders["transformers"]()[:, prompt.shape[1] :]):
+            print("note: the two texts differ, as near ties in rounding can make them")
+    seconds = take_turns(contenders, device, rounds)
+    yield from compared("decode", "tok/s", new, seconds, "transformers")
+
+
+@torch.no_grad()
+def context(device: torch.device, rounds: int) -> Iterator[Line]:
+    """Time of a token over the length of the context, absorbed and expanded: tiny, V2's attention.
+
+    The second is one layer with V2-Lite's attention, where latent attention is at home.
+    """
+    lite = dict(num_hidden_layers=1, first_k_dense_replace=1, vocab_size=64, rope_scaling=None)
+    for name, config in (
+        ("tiny", Config.preset("tiny", max_position_embeddings=16384)),
+        ("V2-Lite layer", Config.preset("v2-lite", intermediate_size=16, **lite)),
+    ):
+        model = DeepSeek(config).to(device).eval()
+        cache = model.new_cache(1, CONTEXTS[-1] + 1)
+        cache.latents.normal_()
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+        def step(length: int, absorb: bool, model=model, cache=cache, token=token) -> None:
+            for _ in range(5):
+                cache.lengths = [length]  # forget the token again
+                model(token, cache=cache, absorb=absorb)
+
+        first = None
+        for length in CONTEXTS:
+            ways = {
+                f"{name} absorbed": lambda n=length: step(n, True),
+                f"{name} expanded": lambda n=length: step(n, False),
+            }
+            seconds = take_turns(ways, device, rounds)
+            first = first or seconds
+            for way, taken in seconds.items():
+                ratio = taken / first[way]
+                yield Line("context", f"{way}, {length}", 1e3 * taken / 5, "ms", ratio, "256")
+
+
+@torch.no_grad()
+def batch(device: torch.device, rounds: int) -> Iterator[Line]:
+    """Sixteen prompts of different lengths at once, against one after the other."""
+    config, new = Config.preset("tiny"), 50
+    torch.manual_seed(0)
+    model = DeepSeek(config).to(device).eval()
+    ids = random_ids(config, 16, 100, device).tolist()
+    prompts = [row[: 5 + 6 * i] for i, row in enumerate(ids)]
+
+    def together() -> Tensor:
+        return torch.stack(list(model.generate(prompts, new, temperature=0)), 1)
+
+    def one_by_one() -> Tensor:
+        rows = [list(model.generate([p], new, temperature=0)) for p in prompts]
+        return torch.stack([torch.cat(row) for row in rows])
+
+    alike = (together() == one_by_one()).float().mean().item()
+    yield Line("batch", "tokens that are the same", 100 * alike, "%")
+    seconds = take_turns({"together": together, "one by one": one_by_one}, device, rounds)
+    yield from compared("batch", "tok/s", new * len(prompts), seconds, "one by one")
+
+
+def cache(device: torch.device, rounds: int) -> Iterator[Line]:
+    """Bytes per token that the cache takes in fp32, as the paper counts (table 1) and as measured
+    on tensors; V2 on the meta device."""
+    for size in ("tiny", "1b", "v2-lite", "v2"):
+        config = Config.preset(size)
+        with torch.device("meta"):
+            measured = DeepSeek(config).new_cache(1, 100).nbytes / 100
+        for way in ("mla", "mha"):
+            counted = 4 * config.cache_per_token(way)
+            ratio = counted / measured
+            yield Line("cache", f"{size}, {way} counted", counted, "bytes", ratio, "measured")
+
+
+def one_step(size: str, device: str, length: int, queue: Any) -> None:
+    """In a process of its own: a training step of one row, and the peak of memory it took."""
+    place, config = torch.device(device), Config.preset(size)
+    config = replace(config, max_position_embeddings=length)
+    ids = random_ids(config, 1, length + 1, place)
+    dtype = choose_dtype("auto", place)
+    step = our_step(config, ids, place, dtype)
+    step()
+    seconds = take_turns({"": step}, place, 3)[""] if place.type == "cuda" else math.nan
+    if place.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(place)
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    queue.put((peak_bytes, seconds))
+
+
+def memory(device: torch.device, rounds: int) -> Iterator[Line]:
+    """The peak of a training step of one row, in a process of its own."""
+    length = 1024 if device.type == "cuda" else 256
+    context = multiprocessing.get_context("spawn")
+    for size in ("tiny", "small", "1b"):
+        queue = context.Queue()
+        process = context.Process(target=one_step, args=(size, str(device), length, queue))
+        process.start()
+        while process.is_alive() and queue.empty():
+            time.sleep(0.1)
+        if queue.empty():
+            print(f"note: a step of {size} did not end, as where memory is short")
+            continue
+        peak_bytes, seconds = queue.get()
+        process.join()
+        yield Line("memory", f"{size}, a step of 1 x {length}", peak_bytes / 2**30, "GiB")
+        if not math.isnan(seconds):
+            rate = flops_per_token(Config.preset(size), length) * length / seconds / 1e12
+            yield Line("memory", f"{size}, speed", length / seconds, "tok/s")
+            yield Line("memory", f"{size}, speed", rate, "TFLOP/s")
+
+
+PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, cache, memory)}
+
+
+# ----------------------------------------------------------------------------------------------
+# What is made of it
+# ----------------------------------------------------------------------------------------------
+
+
+def print_line(line: Line) -> None:
+    ratio = f"{line.ratio:8.2f}x" if line.ratio else " " * 9
+    to = f" of {line.to}" if line.to else ""
+    print(f"{line.part:<8}{ratio}  {line.what:<34}{line.value:>12,.4g} {line.unit}{to}", flush=True)
+
+
+def draw(lines: list[Line], machine: str, target: Path) -> None:
+    """Speeds as bars, time of a token over the context as curves."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, part, title in (
+        (axes[0], "train", "training tiny"),
+        (axes[1], "decode", "greedy decoding of tiny, one sequence"),
+    ):
+        some = [li for li in lines if li.part == part and li.unit == "tok/s"]
+        colors = ["tab:blue" if li.what.startswith("deep") else "tab:gray" for li in some]
+        bars = axis.barh([li.what for li in some], [li.value for li in some], color=colors)
+        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_xlabel("tokens per second")
+        axis.set_title(title)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for li in lines:
+        if li.part == "context":
+            name, _, length = li.what.partition(", ")
+            curves.setdefault(name, []).append((int(length), li.value))
+    for i, (name, points) in enumerate(curves.items()):
+        style = "-o" if "absorbed" in name else "--s"
+        axes[2].plot(*zip(*points, strict=True), style, color=f"C{i // 2}", ms=4, label=name)
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_yscale("log")
+    axes[2].set_xlabel("tokens in the cache")
+    axes[2].set_ylabel("time of the next token (ms)")
+    axes[2].set_title("attention absorbed and expanded")
+    axes[2].legend(frameon=False, fontsize="small")
+    fig.suptitle(machine, fontsize="small")
+    fig.savefig(target, dpi=110)
+    plt.close(fig)
+
+
+def machine_name(device: torch.device) -> str:
+    """The card's name, or the processor's and how many threads it is given."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(li.partition(":")[2].strip() for li in lines if li.startswith("model name"))
+    except (OSError, StopIteration):
+        name = device.type
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
+    add("--only", help=f"some of {','.join(PARTS)} (default: all)")
+    add("--rounds", type=number(int, 1), default=9, help="measurements of each (default: 9)")
+    add("--json", metavar="FILE", help="write the lines there as well")
+    add("--picture", metavar="FILE", help="draw them there (.png)")
+    args = parser.parse_args()
+    chosen = args.only.split(",") if args.only else list(PARTS)
+    for name in chosen:
+        if name not in PARTS:
+            parser.error(f"--only {name!r} is no part: choose from {','.join(PARTS)}")
+    device = choose_device(args.device)
+    machine = f"{machine_name(device)}, torch {torch.__version__}, {time.strftime('%B %Y')}"
+    print(machine)
+    lines = []
+    for name in chosen:
+        for line in PARTS[name](device, args.rounds):
+            lines.append(line)
+            print_line(line)
+    if args.json:
+        record = {"machine": machine, "lines": [line._asdict() for line in lines]}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if args.picture:
+        draw(lines, machine, Path(args.picture))
+
+
+if __name__ == "__main__":
+    run_script(main)

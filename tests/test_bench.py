@@ -1,0 +1,82 @@
+"""bench.py: what it counts and compares is what it says. No time is asserted."""
+
+import json
+
+import pytest
+import torch
+from conftest import small
+
+import bench
+from deepseek import Config, DeepSeek
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns_and_the_first_call_of_each_is_not_measured(monkeypatch):
+    calls, clock = [], iter(range(100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock) ** 2))
+    seconds = bench.take_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3
+    )
+    assert calls == ["a", "b"] * 4
+    # (k + 1)^2 - k^2 = 2k + 1: a is measured from k = 2, 6 and 10, b from 4, 8 and 12
+    assert seconds == {"a": 13, "b": 17}
+
+
+def test_a_ratio_says_how_many_times_as_fast():
+    slow, fast = bench.compared("part", "tok/s", 100, {"slow": 4.0, "fast": 2.0}, to="slow")
+    assert (slow.value, slow.ratio) == (25, None)
+    assert (fast.value, fast.ratio, fast.to) == (50, 2, "slow")
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "1b"])
+def test_the_dense_twin_has_as_many_active_parameters_and_no_experts(size):
+    config = Config.preset(size)
+    dense = bench.dense_twin(config)
+    with torch.device("meta"):
+        wanted = DeepSeek(config).num_parameters()[1]
+        total, active = DeepSeek(dense).num_parameters()
+    assert not any(dense.is_moe(i) for i in range(dense.num_hidden_layers))
+    assert total == active + dense.vocab_size * dense.hidden_size
+    assert abs(active - wanted) <= 3 * dense.hidden_size * dense.num_hidden_layers  # a width more
+
+
+def test_operations_of_training_by_hand():
+    config = small(num_hidden_layers=1, first_k_dense_replace=1)
+    # q 3*18*48, kv_a 28*48, kv_b 3*24*20, o 48*42, MLP 3*80*48, head 96*48, norms 3*48 + 20
+    active = 2592 + 1344 + 1440 + 2016 + 11520 + 4608 + 164
+    pairs = 2 * 3 * (18 + 14) * 16 / 2  # of 16 tokens each sees half, on the average
+    assert bench.flops_per_token(config, 16) == 6 * active + 3 * pairs
+
+
+def test_the_cache_is_told_as_the_paper_counts_it(run, tmp_path):
+    code, out, _ = run(f"bench --only cache --device cpu --json {tmp_path / 'bench.json'}")
+    assert code == 0
+    lines = json.loads((tmp_path / "bench.json").read_text())["lines"]
+    value = {line["what"]: (line["value"], line["ratio"]) for line in lines}
+    assert value["v2, mla counted"] == (4 * 34_560, 1.0)  # [V2] table 1
+    assert value["v2, mha counted"][0] == 4 * 1_966_080
+    assert "v2-lite, mla counted" in out
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_is_drawn(run, tmp_path):
+    parts = ",".join(part for part in bench.PARTS if part not in ("compile", "memory"))
+    command = f"bench --only {parts} --device cpu --rounds 1"
+    code, out, _ = run(f"{command} --picture {tmp_path / 'bench.png'}")
+    assert code == 0
+    assert "transformers" in out and "V2-Lite layer absorbed, 8192" in out
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_batched_prompts_of_different_lengths_say_what_they_say_alone(run):
+    code, out, _ = run("bench --only batch --device cpu --rounds 1")
+    assert code == 0
+    same = next(line for line in out.splitlines() if "that are the same" in line)
+    assert float(same.split()[-2]) == 100
+
+
+def test_a_wrong_part_is_a_sentence(run):
+    code, _, err = run("bench --only speed")
+    assert code == 2
+    assert err.strip().startswith("bench.py: --only 'speed' is no part: choose from peak,train")
