@@ -17,7 +17,7 @@ Contents, each part using only what stands above it:
     13 official checkpoints           14 LoRA
 
 What changes with respect to a plain transformer is parts 4, 6 and 7; the rest is Llama's, YaRN
-aside. Field names are those of the official config.json (four fields of training are ours),
+aside. Field names are those of the official config.json (five fields of training are ours),
 parameter names those of the official checkpoint, where each expert is a tensor of its own and
 here they are stacked.
 
@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
         routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
         max_position_embeddings=256, rope_scaling=None, initializer_range=0.04,
-        copying_start=0.2, bos_token_id=0, eos_token_id=1,
+        copying_start=0.4, bos_token_id=0, eos_token_id=1,
     ),
     "small": dict(
         vocab_size=8192, hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
@@ -149,6 +149,7 @@ class Config:
     aux_loss_alpha: Annotated[float, "weight of the expert balance loss"] = 0.003
     device_loss_alpha: Annotated[float, "weight of the device balance loss"] = 0.05
     comm_loss_alpha: Annotated[float, "weight of the communication balance loss"] = 0.02
+    bias_update_speed: Annotated[float, "step of V3's balancing bias; 0 = V2, without it"] = 0.0
     token_drop_capacity: Annotated[float, "device capacity / average load; 0 = no drop"] = 0.0
     max_position_embeddings: Annotated[int, "longest sequence"] = 163840
     rms_norm_eps: Annotated[float, "epsilon of the block and final norms"] = 1e-6
@@ -432,18 +433,31 @@ class MLA(nn.Module):
 
     @torch.no_grad()
     def start_as_copy(self) -> None:
-        """W_O = (W_UV W_DKV)^T times a scale: what a head reads it writes back, nearly as it was.
+        """Start each head as one that looks for what is expected, and copies it.
 
-        The rank is below D (half of it in tiny), but random directions are nearly orthogonal: a
-        token comes out more like itself than like any other. The scale gives W_O twice the usual
-        std.
+        The first half of the residual stream says what a token is, the second what comes next
+        (see `DeepSeek.init_weights`). Keys and values are of the first half alone. W_Q takes from
+        the second what W_UK W_DKV takes from the first, so that a query likes the tokens that the
+        stream already expects; W_O writes into the second what the value has read. Where R is half
+        of D or more, the copy is a whole one.
         """
-        c = self.config
-        w_dkv = self.kv_a_proj_with_mqa.weight[: c.kv_lora_rank]  # R D
-        w = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))  # H dn+dv R
-        w_uv = w[:, c.qk_nope_head_dim :]  # H dv R
-        read = (w_uv @ w_dkv).flatten(0, 1)  # H dv R, R D -> H*dv D
-        self.o_proj.weight.copy_(read.T * (2 * c.initializer_range / read.std()))
+        c, std = self.config, self.config.initializer_range
+        half, H = c.hidden_size // 2, c.num_attention_heads
+
+        def scaled(w: Tensor, times: float) -> Tensor:
+            return w * (times * std / w.std())
+
+        self.kv_a_proj_with_mqa.weight[: c.kv_lora_rank, half:] = 0
+        w_dkv = self.kv_a_proj_with_mqa.weight[: c.kv_lora_rank, :half]  # R D/2
+        w_kv = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
+        w_uk, w_uv = w_kv.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
+        look = F.pad(w_uk @ w_dkv, (c.hidden_size - half, 0))  # H dn D
+        if c.q_lora_rank:
+            look = look @ self.q_a_proj.weight.T  # H dn Q
+        w_q = (self.q_b_proj if c.q_lora_rank else self.q_proj).weight.unflatten(0, (H, -1))
+        w_q[:, : c.qk_nope_head_dim] = scaled(look, 9)
+        read = F.pad((w_uv @ w_dkv).flatten(0, 1), (c.hidden_size - half, 0))  # H*dv D
+        self.o_proj.weight.copy_(scaled(read, 1.5).T)
 
     def forward(self, x: Tensor, span: Span, memory: Tensor | None = None) -> Tensor:
         """x [B, T, D]; memory [B, max_length, C], this layer's part of the cache, is written."""
@@ -485,13 +499,7 @@ class MLA(nn.Module):
             q, k = F.pad(q, (0, -more)), F.pad(k, (0, -more))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B H T or S, all of one width
         causal = mask is None and q.shape[2] > 1
-        if causal and q.shape[2] <= 256 and (q.device.type, q.dtype) == ("cpu", torch.bfloat16):
-            # Flash attention saves memory; on a CPU, its backward pass takes twice as long in
-            # bf16 as plain products do. That is a tenth of tiny's whole step.
-            future = q.new_full((q.shape[2],) * 2, -torch.inf).triu(1)  # T T
-            out = ((q * self.scale) @ k.mT + future).softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return out[..., : c.v_head_dim].transpose(1, 2)  # B H T dv -> B T H dv
 
     def absorbed(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
@@ -564,19 +572,23 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.bias_update_speed:
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor) -> Routing:
         c = self.config
         # In fp32 even under autocast: near ties decided by rounding would train the wrong expert.
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).softmax(-1)  # B T E
-        by_group = scores.unflatten(-1, (c.n_group, -1))  # B T G E/G
+        wanted = scores + self.e_score_correction_bias if c.bias_update_speed else scores
+        by_group = wanted.unflatten(-1, (c.n_group, -1))  # B T G E/G
         sent = torch.ones_like(by_group[..., 0], dtype=torch.bool)  # B T G
         if c.topk_method == "group_limited_greedy":
             best = by_group.amax(-1).topk(c.topk_group, -1).indices  # B T M
             sent = torch.zeros_like(sent).scatter_(-1, best, True)
-            by_group = by_group * sent.unsqueeze(-1)
-        weights, index = by_group.flatten(-2).topk(c.num_experts_per_tok, -1)  # B T K
+            by_group = by_group.masked_fill(~sent.unsqueeze(-1), -torch.inf)
+        index = by_group.flatten(-2).topk(c.num_experts_per_tok, -1).indices  # B T K
+        weights = scores.gather(-1, index)  # B T K
         if c.norm_topk_prob and c.num_experts_per_tok > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         else:  # the official code normalises instead of scaling, never both
@@ -597,6 +609,12 @@ class Gate(nn.Module):
 #     device           one of G groups, P summed over its experts: no GPU works while others wait
 #     communication    one of G groups, f counting the tokens sent there: limited routing bounds
 #                      what a device sends, this loss evens out what it receives
+
+
+#
+# DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) balances without a gradient: a bias per expert
+# counts in the choice and not in the weight; after each step it rises where the load was below
+# average and falls where it was above. `bias_update_speed` gives it to this model, to compare.
 
 
 def balance_loss(config: Config, routing: Routing) -> Tensor:
@@ -876,11 +894,12 @@ class DeepSeek(nn.Module):
     def init_weights(self) -> None:
         """Matrices normal with std initializer_range ([V2] 3.1.2), norm weights one.
 
-        With copying_start the head starts as half the embedding and each attention layer as a
-        copy: what a token is, it tells all that come after it, and the head reads it off. A model
-        has to learn to look back before it can tell who was named; but where copying has yet to
-        be learned too, looking gains nothing, and copying nothing without looking. Small models
-        stay for millions of tokens on that plateau. With a copy, to look is to gain.
+        With copying_start the embedding fills the first half of the channels, the head reads the
+        second half with half the same numbers, and attention starts as a copy from the one to the
+        other. A model has to learn to look back before it can tell who was named; but where copying
+        has yet to be learned too, looking gains nothing, and copying nothing without looking. Small
+        models stay for millions of tokens on that plateau. With a copy, to look is to gain; and
+        kept apart from what comes next, what a token is can be read in every layer.
         """
         c = self.config
         for p in self.parameters():
@@ -889,8 +908,10 @@ class DeepSeek(nn.Module):
             else:
                 p.fill_(1.0)
         if c.copying_start:
-            self.model.embed_tokens.weight.normal_(0.0, c.copying_start)
-            self.lm_head.weight.copy_(self.model.embed_tokens.weight / 2)
+            half = c.hidden_size // 2
+            own = self.model.embed_tokens.weight.normal_(0.0, c.copying_start)[:, :half]  # V D/2
+            self.model.embed_tokens.weight[:, half:] = 0
+            self.lm_head.weight.copy_(F.pad(own / 2, (c.hidden_size - half, 0)))
             for layer in self.model.layers:
                 layer.self_attn.start_as_copy()
 
@@ -983,6 +1004,16 @@ class DeepSeek(nn.Module):
         routed = sum(p.numel() for n, p in self.named_parameters() if ".mlp.experts." in n)
         resting = routed * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
         return total, total - resting - self.model.embed_tokens.weight.numel()
+
+    @torch.no_grad()
+    def update_bias(self, expert_load: Tensor) -> None:
+        """V3's balancing, after a step of training: expert_load [MoE layers, E] is that of the
+        step. Without bias_update_speed nothing happens."""
+        c = self.config
+        gates = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+        if c.bias_update_speed:
+            for gate, load in zip(gates, expert_load, strict=True):
+                gate.e_score_correction_bias += c.bias_update_speed * (load.mean() - load).sign()
 
     def new_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype | None = None
@@ -1198,6 +1229,7 @@ OFFICIAL_DEFAULTS = {
     "comm_loss_alpha": 0.0,
     "token_drop_capacity": 0.0,
     "copying_start": 0.0,
+    "bias_update_speed": 0.0,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "rope_scaling": None,
@@ -1265,7 +1297,7 @@ def read_config(folder: Path) -> Config:
 
 def official_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json for a Config. Raises CheckpointError for what it cannot say."""
-    for name, value in (("norm_topk_prob", False), ("moe_layer_freq", 1)):
+    for name, value in (("norm_topk_prob", False), ("moe_layer_freq", 1), ("bias_update_speed", 0)):
         if getattr(config, name) != value:
             raise CheckpointError(
                 f"{name} = {getattr(config, name)!r} cannot be exported: transformers would compute"

@@ -32,18 +32,23 @@ from train import (
     UsageError,
     add_common_flags,
     check_memory,
+    check_pieces,
     choose_device,
     choose_dtype,
     estimate_memory,
     evaluate,
     evaluating,
+    first_process_first,
+    join_processes,
     load_checkpoint,
     number,
     open_model,
     open_run,
     print_unless_quiet,
+    rank,
     read_log,
     run_script,
+    world,
     write_sample,
 )
 
@@ -280,10 +285,7 @@ def choose_recipe(args: argparse.Namespace, config: Config) -> None:
             f"--seq_len {args.seq_len} is more than the model's context: give at most"
             f" {config.max_position_embeddings}"
         )
-    if args.batch_size % args.grad_accum:
-        raise UsageError(
-            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
-        )
+    check_pieces(args)
 
 
 def weights_digest(model: DeepSeek) -> str:
@@ -299,17 +301,18 @@ def keep(trainer: Trainer) -> None:
     """Write down what has done best so far on what is held out."""
     if trainer.args.full:
         trainer.save("best.pt")
-    else:
+    elif rank() == 0:
         save_lora(trainer.model, trainer.out, base=trainer.args.ckpt)
 
 
 def take_kept(trainer: Trainer) -> None:
     """Go back to what `keep` wrote."""
-    if trainer.args.full:
-        trainer.model.load_state_dict(load_checkpoint(trainer.out / "best.pt")["model"])
-    else:
-        detach_lora(trainer.model)
-        load_lora(trainer.model, trainer.out)
+    with first_process_first():  # which wrote it
+        if trainer.args.full:
+            trainer.model.load_state_dict(load_checkpoint(trainer.out / "best.pt")["model"])
+        else:
+            detach_lora(trainer.model)
+            load_lora(trainer.model, trainer.out)
 
 
 def main() -> None:
@@ -324,6 +327,7 @@ def main() -> None:
         return
     device = choose_device(args.device)
     dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
+    join_processes(device)
 
     # 2. The base, and what it is to learn
     torch.manual_seed(args.seed)
@@ -331,7 +335,8 @@ def main() -> None:
     weights = "float32" if args.dtype == "float32" else "auto"
     model, tokenizer = open_model(args.ckpt, device, weights)
     choose_recipe(args, model.config)
-    lesson = read_lesson(args, tokenizer)
+    with first_process_first():
+        lesson = read_lesson(args, tokenizer)
     if not args.steps and not args.minutes:
         args.steps = None if lesson.tasks else EPOCHS * lesson.batches
         args.minutes = BUILT_IN_MINUTES if lesson.tasks else None
@@ -353,7 +358,7 @@ def main() -> None:
         add_lora(model, args.rank, args.alpha, args.targets, args.dropout)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    piece = args.batch_size // args.grad_accum
+    piece = args.batch_size // (args.grad_accum * world())
     needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations) - loaded
     memory = check_memory(needed, device)
     kept = "best.pt" if args.full else "adapter_model.safetensors, adapter_config.json"
@@ -398,7 +403,7 @@ def main() -> None:
         summary["plain_loss_off"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
     trainer.log.write(summary)
     trainer.log.flush()
-    if args.log_level != "quiet":
+    if args.log_level != "quiet" and rank() == 0:
         if lesson.tasks:
             print_scores(lesson.tasks, before, after)
         print_summary(args, summary, chat=lesson.question is not None)

@@ -4,6 +4,7 @@ Pretrain a DeepSeek-V2 of any size.
     python train.py                                        # tiny, built-in stories, five minutes
     python train.py --data my.txt --out out/mine           # your own text
     python train.py --resume --out out/mine                # go on where it stopped
+    torchrun --nproc_per_node=8 train.py --size 1b --data tinystories
 """
 
 # What the scripts share is written here once: errors, flags, device and dtype, checkpoints, the log
@@ -24,15 +25,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import data
@@ -56,7 +63,7 @@ RUN_FILES = [  # what a run may leave in --out
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=8, lr=4e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0),
+    "tiny": dict(batch_size=8, lr=3e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
@@ -104,8 +111,12 @@ def run_script(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UsageError, DataError, ConfigError, CheckpointError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # most likely the first process says the same, and torchrun ends us
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -207,6 +218,63 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them
+# ----------------------------------------------------------------------------------------------
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of torchrun; without it nothing happens."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may cut a long text
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What the first process makes, the others find made."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def whole(tree: Any) -> Any:
+    """A tree of tensors with what --fsdp shared out put together again, on the CPU. All processes
+    call it."""
+    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, tree)
+
+
+def share_out(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict, its moments cut as its parameters are by --fsdp."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state["state"].items():
+        p = parameters[i]
+        for name, t in moments.items():
+            if isinstance(p, DTensor) and t.shape == p.shape:
+                t = t.to(p.device)
+                moments[name] = distribute_tensor(t, p.device_mesh, p.placements)
+    return state
+
+
+# ----------------------------------------------------------------------------------------------
 # Device, dtype, memory
 # ----------------------------------------------------------------------------------------------
 
@@ -216,9 +284,13 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except Exception as error:  # each backend has its own kinds
         raise UsageError(f"device {name!r} cannot be used here: try --device cpu") from error
     return device
@@ -351,10 +423,14 @@ def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek,
 
 
 class Log:
-    """log.jsonl: a header with arguments, config and versions, then an object per step."""
+    """log.jsonl: a header with arguments, config and versions, then an object per step; written by
+    the first process alone."""
 
     def __init__(self, folder: Path, header: dict[str, Any], resume_at: int | None = None):
         self.path = folder / "log.jsonl"
+        if rank() > 0:
+            self.file = open(os.devnull, "w")
+            return
         if resume_at is None:
             lines = [header]
         else:  # steps after the checkpoint will be taken again
@@ -494,6 +570,15 @@ def make_optimizer(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, beta2), fused=True)
 
 
+def check_pieces(args: argparse.Namespace) -> None:
+    """Raise UsageError where the batch cannot be cut into equal pieces."""
+    times = f"--grad_accum {args.grad_accum}"
+    if world() > 1:
+        times += f" times the {world()} processes"
+    if args.batch_size % (args.grad_accum * world()):
+        raise UsageError(f"--batch_size {args.batch_size} must be a multiple of {times}")
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
     if step < warmup:
@@ -514,11 +599,16 @@ def evaluating(model: DeepSeek) -> Iterator[None]:
     """In eval mode and without gradients; afterwards as before."""
     mode = model.training
     model.eval()
+    shared_out = isinstance(model, FSDPModule)
+    if shared_out:
+        model.unshard()  # generation calls the parts one by one, which does not gather them
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(mode)
+        if shared_out:
+            model.reshard()
 
 
 def evaluate(model: DeepSeek, held_out: Windows, device, dtype) -> dict[str, float]:
@@ -590,7 +680,7 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
         if ("ckpt" in stored) != ("ckpt" in vars(args)):
             script = "finetune.py" if "ckpt" in stored else "train.py"
             raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
-        for name in sorted(typed - {"resume", "out", "log_level", "device"}):
+        for name in sorted(typed - {"resume", "out", "log_level", "device", "fsdp"}):
             value, old = getattr(args, name), stored.get(name)
             if name == "steps" and value >= (old or 0):
                 continue
@@ -599,7 +689,7 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
                     f"--{name} {value} differs from the run's {old}: leave it out, or start"
                     " another run in another --out"
                 )
-        keep = {"resume", "out"} | (typed & {"steps", "device", "log_level"})
+        keep = {"resume", "out", "fsdp"} | (typed & {"steps", "device", "log_level"})
         for name, value in stored.items():
             if name not in keep:
                 setattr(args, name, value)
@@ -632,12 +722,19 @@ class Trainer:
         self.args, self.tokenizer, self.text = args, tokenizer, text
         self.device, self.dtype = device, dtype
         self.model, self.out = model.to(device).train(), Path(args.out)
+        self.forward = model
+        if vars(args).get("fsdp"):
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        elif world() > 1:
+            self.forward = DistributedDataParallel(model)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.tokens, self.best = 0, 0, math.inf
-        self.stop = False  # becomes true when somebody presses Ctrl-C
+        self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
         if state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(share_out(self.optimizer, state["optimizer"]))
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.tokens = state["step"], state["tokens"]
@@ -645,9 +742,11 @@ class Trainer:
             torch.set_rng_state(state["rng"]["cpu"])
             if device.type == "cuda" and state["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-        elif args.overwrite:
+        elif args.overwrite and rank() == 0:
             for name in RUN_FILES:
                 (self.out / name).unlink(missing_ok=True)
+        if rank() > 0:  # dropping is drawn for other sequences here
+            torch.manual_seed(args.seed + 1000 * self.step + rank())
         self.versions = {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -661,18 +760,23 @@ class Trainer:
             **(notes or {}),
         }
         self.log = Log(self.out, header, self.step if state else None)
-        self.forward = torch.compile(model) if args.compile else model
+        if args.compile:
+            self.forward = torch.compile(self.forward)
 
     def save(self, name: str = "ckpt.pt") -> None:
         """All that is needed to go on exactly here, and to sample."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         adapters = lora_state(self.model)  # their base stays where it came from
+        weights = whole(adapters or self.model.state_dict())
+        moments = whole(self.optimizer.state_dict())
+        if rank() > 0:
+            return
         state = {
             "program": "deepseek.py",
             "format": FORMAT,
-            "model": adapters or self.model.state_dict(),
+            "model": weights,
             "adapters": bool(adapters),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments,
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config),
             "tokenizer": self.tokenizer.to_str(),
@@ -688,7 +792,8 @@ class Trainer:
         save_checkpoint(self.out / name, state)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """One optimizer step on a batch [B, T], in --grad_accum pieces: log record, expert load."""
+        """One optimizer step on a batch [B, T], in --grad_accum pieces of which each process takes
+        its rows: log record, expert load."""
         args, began = self.args, time.perf_counter()
         lr = learning_rate(self.step, args.steps or 10**9, args.lr, args.warmup, args.schedule)
         for group in self.optimizer.param_groups:
@@ -696,25 +801,32 @@ class Trainer:
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         counted = (targets != data.IGNORE).sum()
         loss, aux_loss, load = 0.0, 0.0, 0.0
-        pieces = list(
-            zip(inputs.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True)
-        )
-        for x, y in pieces:
-            with autocast(self.device, self.dtype):
+        pieces = [t.chunk(args.grad_accum) for t in (inputs, targets)]
+        for i, piece in enumerate(zip(*pieces, strict=True), 1):
+            x, y = (t.chunk(world())[rank()] for t in piece)
+            with autocast(self.device, self.dtype), self.only_sum_up(i < args.grad_accum):
                 out = self.forward(x, y, checkpoint_activations=args.checkpoint_activations)
-            share = (y != data.IGNORE).sum() / counted  # every token of the batch counts the same
-            piece_loss, piece_aux = out.loss * share, out.aux_loss / len(pieces)
-            self.scaler.scale(piece_loss + piece_aux).backward()
+                share = (y != data.IGNORE).sum() / counted  # all tokens of a batch count the same
+                piece_loss = out.loss * share
+                piece_aux = out.aux_loss / (args.grad_accum * world())
+                # world(): the engines take the mean of the processes' gradients
+                self.scaler.scale((piece_loss + piece_aux) * world()).backward()
             loss, aux_loss = loss + piece_loss.detach(), aux_loss + piece_aux.detach()
-            load = load + out.expert_load / len(pieces)
+            load = load + out.expert_load / (args.grad_accum * world())
+        numbers = torch.stack([loss, aux_loss, torch.full_like(loss, self.asked)])
+        numbers = summed(torch.cat([numbers, load.flatten()]))
+        (loss, aux_loss, stop), load = numbers[:3], numbers[3:].view_as(load)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)).to(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_bias(load)
         busiest = load.max() * load.shape[-1] if load.numel() else torch.zeros_like(norm)
         # one wait for the device, for all numbers
-        loss, aux_loss, norm, busiest = torch.stack([loss, aux_loss, norm, busiest]).tolist()
+        numbers = torch.stack([loss, aux_loss, norm, busiest, stop])
+        loss, aux_loss, norm, busiest, stop = numbers.tolist()
+        self.stop = stop > 0
         self.step += 1
         self.tokens += inputs.numel()
         record = {
@@ -728,6 +840,14 @@ class Trainer:
             "expert_load_max": rounded(busiest, 4),
         }
         return record, load
+
+    def sum_of(self, value: float) -> float:
+        """Of a number that each process has."""
+        return summed(torch.tensor(float(value), device=self.device)).item()
+
+    def only_sum_up(self, yes: bool):
+        """The context of a backward pass after which the processes need not exchange gradients."""
+        return self.forward.no_sync() if yes and hasattr(self.forward, "no_sync") else nullcontext()
 
     def fit(
         self,
@@ -747,16 +867,18 @@ class Trainer:
         record: dict[str, Any] = {}
 
         def ask_to_stop(*_: Any) -> None:  # a second Ctrl-C does not wait for the step to end
-            if self.stop:
+            if self.asked:
                 raise KeyboardInterrupt
-            self.stop = True
+            self.asked = True
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.step == 0:  # where it starts from; it also shows how long an evaluation takes
             print_unless_quiet(args, f"before the first step: {_describe(evaluate())}")
         pause = time.perf_counter() - began
-        quiet = True if args.log_level == "quiet" else None  # None: off where no terminal is
+        # None: off where no terminal is
+        quiet = True if args.log_level == "quiet" or rank() > 0 else None
         bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=quiet)
+        self.stop = self.sum_of(self.asked) > 0
         while not self.stop and self.step < (args.steps or math.inf):
             tick = time.perf_counter()
             record, load = self.train_step(*batch_at(self.step))
@@ -770,7 +892,8 @@ class Trainer:
             if args.steps is None and self.step == steps_began + 20:
                 left = 60 * args.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
                 # Machines slow down once they are warm, by a tenth where this was measured.
-                args.steps = self.step + max(1, int(0.9 * left / statistics.median(seconds)))
+                more = max(1, int(0.9 * left / statistics.median(seconds)))
+                args.steps = self.step + int(self.sum_of(more if rank() == 0 else 0))
                 bar.total = args.steps
             last = self.step == args.steps
             every = args.eval_every or max(1, (args.steps or 10**9) // 10)
@@ -785,9 +908,11 @@ class Trainer:
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
             if "val_loss" in record:
                 self.log.flush()
-                draw_curves(self.log.path, self.out / "curves.png")
+                said = "" if args.log_level == "quiet" else show()  # by all, as --fsdp needs
+                if rank() == 0:
+                    draw_curves(self.log.path, self.out / "curves.png")
                 if not quiet:
-                    bar.write(f"step {self.step}: {_describe(record)} | {show()}")
+                    bar.write(f"step {self.step}: {_describe(record)} | {said}")
             if last or self.stop or self.step % (args.save_every or every) == 0:
                 self.log.flush()
                 self.save()
@@ -800,8 +925,8 @@ class Trainer:
 
 
 def print_unless_quiet(args: argparse.Namespace, text: str) -> None:
-    """Information for the user, unless --log_level quiet."""
-    if args.log_level != "quiet":
+    """Information for the user, once, unless --log_level quiet."""
+    if args.log_level != "quiet" and rank() == 0:
         print(text, flush=True)
 
 
@@ -824,6 +949,8 @@ def make_parser() -> Parser:
     sources = ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories (default: stories)"
     add("--data", default="stories", help=sources)
     add_common_flags(parser, out="out")
+    fsdp = "under torchrun, share out weights and optimizer over the processes (default: off)"
+    add("--fsdp", action="store_true", help=fsdp)
     add_config_flags(parser)
     return parser
 
@@ -843,10 +970,6 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.vocab_size = base.vocab_size
-    if args.batch_size % args.grad_accum:
-        raise UsageError(
-            f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum}"
-        )
 
 
 def choose_config(args: argparse.Namespace, overrides: dict[str, Any], tokenizer) -> Config:
@@ -893,18 +1016,23 @@ def main() -> None:
         return
     device = choose_device(args.device)
     dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
+    join_processes(device)
+    check_pieces(args)
+    if args.fsdp and not dist.is_initialized():
+        raise UsageError("--fsdp shares a model out over processes: start them with torchrun")
 
     # 2. Text
     torch.manual_seed(args.seed)
     print_unless_quiet(args, f"reading  {args.data} (told or cut into tokens once, then kept)")
-    corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
+    with first_process_first():
+        corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
     tokenizer = corpus.tokenizer
     if state and state["text"] != corpus.digest:
         raise UsageError(f"--data {args.data} has changed since the run began: start another run")
     if state and state["tokenizer"] != tokenizer.to_str():
         raise UsageError("this version of tokenizers cuts the text otherwise: start another run")
     batches = Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
-    piece = args.batch_size // args.grad_accum
+    piece = args.batch_size // (args.grad_accum * world())
     stories = args.data.partition(":")[0] == "stories"
     held_out = data.windows(
         corpus.val, tokenizer, args.seq_len, max(8, piece), args.eval_tokens, stories
@@ -933,7 +1061,8 @@ def main() -> None:
         f"text     {corpus.name}: {tokens}, vocabulary {tokenizer.get_vocab_size():,}",
         f"step     {args.batch_size} x {args.seq_len} = {args.batch_size * args.seq_len:,} tokens"
         + (f" in {args.grad_accum} pieces" if args.grad_accum > 1 else ""),
-        f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
+        f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}"
+        + (f", {world()} processes" if world() > 1 else ""),
         f"writes   ckpt.pt, log.jsonl, curves.png in {args.out}; tokens in {corpus.folder}",
         *(
             [f"floor    {held_out.floor:.4f} nats/token, the entropy of the stories"]
@@ -957,10 +1086,10 @@ def main() -> None:
         again = f"python train.py --resume --out {args.out}"
         print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
-    if args.log_level == "quiet":
+    story = write_sample(model, tokenizer, device, length=200)
+    if args.log_level == "quiet" or rank() > 0:
         return
     minutes = (time.perf_counter() - began) / 60
-    story = write_sample(model, tokenizer, device, length=200)
     print(
         f"\n{story}\n\n{trainer.step} steps, {trainer.tokens:,} tokens, {minutes:.1f} minutes:"
         f" {_describe(record)}\nnext: python sample.py --ckpt {Path(args.out) / 'ckpt.pt'}"

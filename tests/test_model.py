@@ -234,22 +234,39 @@ def test_a_copying_start_tells_later_tokens_what_came_and_the_head_reads_it_off(
         own = logits.gather(1, ids[:, 3:4])
         return model, (logits > own).sum(1).float().mean().item()
 
-    model, rank = own_logit_rank(0.2)
-    assert rank < 0.25 * 2816 and abs(own_logit_rank(0.0)[1] / 2816 - 0.5) < 0.1
+    model, rank = own_logit_rank(0.4)
+    assert rank < 0.2 * 2816 and abs(own_logit_rank(0.0)[1] / 2816 - 0.5) < 0.1
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-    assert embedding.std().item() == pytest.approx(0.2, rel=0.02)
-    assert torch.equal(head, embedding / 2) and head.data_ptr() != embedding.data_ptr()
-    small_start = DeepSeek(Config.preset("tiny", initializer_range=0.02))
-    for std, start in ((0.08, model), (0.04, small_start)):
-        for layer in start.model.layers:
-            assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(std, rel=0.02)
-    attention = model.model.layers[1].self_attn
-    w_dkv = attention.kv_a_proj_with_mqa.weight[:64]
-    w_uv = attention.kv_b_proj.weight.view(2, 32 + 48, 64)[:, 32:]
-    for h in range(2):  # symmetric and positive: W_O W_UV W_DKV of each head
-        w_o = attention.o_proj.weight[:, 48 * h : 48 * (h + 1)]
-        path = w_o @ w_uv[h] @ w_dkv
+    assert embedding[:, :64].std().item() == pytest.approx(0.4, rel=0.02)
+    assert torch.equal(head[:, 64:], embedding[:, :64] / 2)
+    assert not embedding[:, 64:].any() and not head[:, :64].any()
+
+
+@pytest.mark.parametrize("compressed", [dict(), dict(q_lora_rank=100)])
+def test_a_copying_start_looks_for_what_is_expected_and_writes_what_it_read(compressed):
+    D, half, R, H, dn = 50, 25, 32, 2, 12
+    config = small(
+        hidden_size=D, num_attention_heads=H, kv_lora_rank=R, qk_nope_head_dim=dn, v_head_dim=26,
+        copying_start=0.3, initializer_range=0.05, **compressed,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    attention = DeepSeek(config).model.layers[1].self_attn
+    w_dkv = attention.kv_a_proj_with_mqa.weight[:R]
+    w_uk, w_uv = attention.kv_b_proj.weight.view(H, dn + 26, R).split([dn, 26], 1)
+    w_o = attention.o_proj.weight.view(D, H, 26)
+    q = attention.q_b_proj.weight if compressed else attention.q_proj.weight
+    w_q = q.view(H, -1, q.shape[1])[:, :dn]
+    if compressed:
+        w_q = w_q @ attention.q_a_proj.weight
+    assert not w_dkv[:, half:].any() and not w_o[:half].any()
+    assert w_o.std().item() == pytest.approx(1.5 * 0.05)
+    for h in range(H):
+        copied = w_o[:, h] @ w_uv[h] @ w_dkv  # reads the first half, writes the second
+        path = copied[half:, :half]
         assert torch.allclose(path, path.T, atol=1e-5) and torch.linalg.eigvalsh(path).min() > -1e-4
+        liked = w_q[h].T @ w_uk[h] @ w_dkv  # x.T liked y: how much a query of x likes a key of y
+        same, other = liked[half:, :half].diagonal(), liked[half:, :half].flatten()
+        assert same.mean() > 2 * other.std()
 
 
 def test_initial_weights_have_the_stated_spread():
@@ -898,14 +915,42 @@ def test_presets_refuse_unknown_names_and_fields():
     assert Config.preset("1b", n_routed_experts=32).n_routed_experts == 32
 
 
-def test_short_attention_in_bf16_on_a_cpu_is_the_attention_of_flash():
-    config = small()
-    mla = random_model(config).model.layers[0].self_attn.to(torch.bfloat16)
-    heads = config.num_attention_heads
-    widths = [(heads, config.qk_nope_head_dim), (heads, config.qk_rope_head_dim)]
-    widths += [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
-    inputs = [torch.randn(2, 40, *width, dtype=torch.bfloat16) for width in widths]
-    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
-    plain, flash = mla.expanded(*inputs, None), mla.expanded(*inputs, causal)
-    assert not torch.equal(plain, flash)  # two ways, indeed
-    assert (plain - flash).abs().max() < 0.02 * flash.abs().max()
+def test_the_bias_of_v3_counts_in_the_choice_and_not_in_the_weight():
+    config = small(bias_update_speed=0.25)
+    torch.manual_seed(0)
+    gate = DeepSeek(config).model.layers[1].mlp.gate
+    x = torch.randn(2, 5, config.hidden_size)
+    plain = gate(x)
+    gate.e_score_correction_bias[7] = 5.0  # more than any affinity
+    biased = gate(x)
+    assert (biased.index[..., 0] == 7).all() and torch.equal(biased.scores, plain.scores)
+    assert torch.equal(biased.weights, biased.scores.gather(-1, biased.index))
+
+
+def test_the_bias_of_v3_follows_the_load_and_balances_it():
+    model = DeepSeek(small(bias_update_speed=0.25))
+    load = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.0]).repeat(2, 1)  # mean 1/8
+    model.update_bias(load)
+    for layer in model.model.layers[1:]:
+        assert layer.mlp.gate.e_score_correction_bias.tolist() == [-0.25] + [0.25] * 7
+    before = DeepSeek(small())
+    before.update_bias(load)  # nothing to do, nothing done
+    assert "bias" not in " ".join(before.state_dict())
+
+    torch.manual_seed(1)
+    model = random_model(small(bias_update_speed=0.002)).train()
+    ids = torch.randint(0, 96, (8, 64))
+    loads = []
+    for _ in range(200):
+        loads.append(model(ids).expert_load)
+        model.update_bias(loads[-1])
+    assert loads[-1].max() * 8 < 1.3 < loads[0].max() * 8
+
+
+def test_groups_are_limited_under_a_negative_bias():
+    config = small(bias_update_speed=0.1, **GROUPS)
+    gate = random_model(config).model.layers[1].mlp.gate
+    gate.e_score_correction_bias -= 3.0  # all below the zero that stands for "out of reach"
+    routing = gate(torch.randn(4, 16, config.hidden_size))
+    reached = routing.sent.gather(-1, routing.index // 2)  # two experts in a group
+    assert reached.all()

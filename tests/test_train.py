@@ -462,3 +462,15 @@ def test_every_flag_has_help_with_its_default():
                 assert "default" in action.help, action.dest
     flags = {a.dest for a in train.make_parser()._actions}
     assert set(Config.describe()) - {"bos_token_id", "eos_token_id"} <= flags
+
+
+def test_the_bias_of_v3_is_trained_saved_and_resumed(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --bias_update_speed 0.001 --schedule constant"
+    assert run(f"{line} --warmup 0 --steps 4 --out {tmp_path / 'a'}")[0] == 0
+    assert run(f"{line} --warmup 0 --steps 2 --out {tmp_path / 'b'}")[0] == 0
+    assert run(f"train --resume --steps 4 --out {tmp_path / 'b'}")[0] == 0
+    a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True)["model"] for x in "ab")
+    bias = a["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.abs().max() > 0 and same(a, b)
+    code, _, err = run(f"sample --ckpt {tmp_path / 'a' / 'ckpt.pt'} --export {tmp_path / 'hf'}")
+    assert code == 2 and "bias_update_speed = 0.001 cannot be exported" in err

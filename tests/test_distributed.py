@@ -1,0 +1,126 @@
+"""Several processes under torchrun do together what one does alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import MODEL, ROOT, log_of
+
+GROUPS = "--topk_method group_limited_greedy --n_group 2 --topk_group 1 --comm_loss_alpha 0.05"
+TRAIN = f"train.py {MODEL} {GROUPS} --save_every 4 --lr 1e-3 --log_level quiet"
+
+
+@pytest.fixture
+def start(tmp_path, corpus):
+    """start(processes, "train.py ...") -> the running command; its folder is the working one."""
+    started = []
+
+    def start(processes, line):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        script, *arguments = line.format(corpus=corpus).split()
+        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script)]
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def together(start):
+    """together(processes, "train.py ...") runs it to its end."""
+
+    def together(processes, line):
+        process = start(processes, line)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        return out
+
+    return together
+
+
+def weights(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+
+
+def difference(a, b):
+    """The largest of two checkpoints' weights, relative to the largest weight of each tensor."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).abs().max() / a[k].abs().max()).item() for k in a)
+
+
+# Many of 16 experts are idle in a batch of 4 x 8 tokens.
+@pytest.mark.parametrize(
+    "extra", ["", "--fsdp", "--grad_accum 2 --n_routed_experts 16 --seq_len 8"]
+)
+def test_two_processes_train_to_the_weights_and_the_log_of_one(together, tmp_path, extra):
+    line = f"{TRAIN} --data {{corpus}} --steps 10 {extra}"
+    together(1, line.replace("--fsdp", "") + " --out one")
+    together(2, line + " --out two")
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [r["step"] for r in two[1:]] == list(range(1, 11))  # one process writes
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for name in ("loss", "aux_loss", "grad_norm", "expert_load_max", "val_loss"):
+            assert name not in a or b[name] == pytest.approx(a[name], rel=1e-4), name
+    assert one[-1]["expert_load"] == two[-1]["expert_load"]
+
+
+@pytest.mark.parametrize("first, second", [("2 --fsdp", "1"), ("1", "2 --fsdp"), ("2", "1")])
+def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path, first, second):
+    line = f"{TRAIN} --data {{corpus}} --schedule constant --warmup 0"
+    together(1, f"{line} --steps 8 --out straight")
+    for part, more in ((first, f"{line} --steps 4"), (second, "train.py --resume --steps 8")):
+        processes, _, fsdp = part.partition(" ")
+        together(int(processes), f"{more} {fsdp} --out halves --log_level quiet")
+    assert difference(tmp_path / "straight", tmp_path / "halves") < 1e-5
+
+
+def test_two_processes_fine_tune_to_the_adapter_of_one(together, tmp_path, trained):
+    for processes, out in ((1, "one"), (2, "two")):
+        line = f"finetune.py --ckpt {trained} --data {{corpus}} --steps 6 --batch_size 4"
+        together(processes, f"{line} --log_level quiet --dtype float32 --lr 1e-3 --out {out}")
+    # B starts at zero, so its first steps are Adam's: the sign of a gradient, however small
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
+    one, two = (log_of(tmp_path / out)[-1] for out in ("one", "two"))
+    assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], rel=1e-5)
+
+
+def test_a_process_that_dies_ends_all_with_a_message(start, tmp_path):
+    process = start(2, f"{TRAIN} --data {{corpus}} --steps 100000 --out out")
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 4):
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGKILL" in err or "exitcode: -9" in err.replace(" ", " ")
+    assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_what_cannot_be_shared_out_is_a_sentence(run, start, corpus, tmp_path):
+    code, _, err = run(f"train --data {corpus} --fsdp --out {tmp_path / 'x'}")
+    assert code == 2 and "start them with torchrun" in err
+    process = start(2, f"{TRAIN} --data {{corpus}} --batch_size 5 --grad_accum 1 --out y")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "train.py: --batch_size 5 must be a multiple of --grad_accum 1 times the 2" in err
