@@ -12,6 +12,7 @@ lines are left out.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -141,10 +142,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def training_step(
-    model: torch.nn.Module, loss_of: Callable[[], Tensor], device: torch.device, dtype: torch.dtype
+    model: torch.nn.Module,
+    loss_of: Callable[[], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    low_memory: bool = False,
 ) -> Callable[[], None]:
     """A whole step: forward, backward, clipping, AdamW."""
-    optimizer = make_optimizer(model.to(device).train(), 1e-4, 0.1, 0.95)
+    optimizer = make_optimizer(model.to(device).train(), 1e-4, 0.1, 0.95, low_memory)
 
     def step() -> None:
         with autocast(device, dtype):
@@ -158,16 +163,21 @@ def training_step(
 
 
 def our_step(
-    config: Config, ids: Tensor, device: torch.device, dtype: torch.dtype, compiled: bool = False
+    config: Config,
+    ids: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    low_memory: bool = False,
 ) -> Callable[[], None]:
-    model = DeepSeek(config)
+    model = DeepSeek(config).to(torch.bfloat16 if low_memory else torch.float32)
     forward = torch.compile(model) if compiled else model
 
     def loss() -> Tensor:
-        out = forward(ids[:, :-1], ids[:, 1:])
+        out = forward(ids[:, :-1], ids[:, 1:], checkpoint_activations=low_memory)
         return out.loss + out.aux_loss
 
-    return training_step(model, loss, device, dtype)
+    return training_step(model, loss, device, dtype, low_memory)
 
 
 def random_ids(config: Config, batch: int, length: int, device: torch.device) -> Tensor:
@@ -310,13 +320,13 @@ def cache(device: torch.device, rounds: int) -> Iterator[Line]:
             yield Line("cache", f"{size}, {way} counted", counted, "bytes", ratio, "measured")
 
 
-def one_step(size: str, device: str, length: int, queue: Any) -> None:
+def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) -> None:
     """In a process of its own: a training step of one row, and the peak of memory it took."""
     place, config = torch.device(device), Config.preset(size)
     config = replace(config, max_position_embeddings=length)
     ids = random_ids(config, 1, length + 1, place)
     dtype = choose_dtype("auto", place)
-    step = our_step(config, ids, place, dtype)
+    step = our_step(config, ids, place, dtype, low_memory=low_memory)
     step()
     seconds = take_turns({"": step}, place, 3)[""] if place.type == "cuda" else math.nan
     if place.type == "cuda":
@@ -333,22 +343,25 @@ def memory(device: torch.device, rounds: int) -> Iterator[Line]:
     """The peak of a training step of one row, in a process of its own."""
     length = 1024 if device.type == "cuda" else 256
     context = multiprocessing.get_context("spawn")
-    for size in ("tiny", "small", "1b"):
+    for size, low in (("tiny", False), ("small", False), ("1b", False), ("1b", True)):
+        if low and not importlib.util.find_spec("torchao"):
+            continue
         queue = context.Queue()
-        process = context.Process(target=one_step, args=(size, str(device), length, queue))
+        process = context.Process(target=one_step, args=(size, str(device), length, low, queue))
         process.start()
         while process.is_alive() and queue.empty():
             time.sleep(0.1)
+        name = f"{size} --low_memory" if low else size
         if queue.empty():
-            print(f"note: a step of {size} did not end, as where memory is short")
+            print(f"note: a step of {name} did not end, as where memory is short")
             continue
         peak_bytes, seconds = queue.get()
         process.join()
-        yield Line("memory", f"{size}, a step of 1 x {length}", peak_bytes / 2**30, "GiB")
+        yield Line("memory", f"{name}, a step of 1 x {length}", peak_bytes / 2**30, "GiB")
         if not math.isnan(seconds):
             rate = flops_per_token(Config.preset(size), length) * length / seconds / 1e12
-            yield Line("memory", f"{size}, speed", length / seconds, "tok/s")
-            yield Line("memory", f"{size}, speed", rate, "TFLOP/s")
+            yield Line("memory", f"{name}, speed", length / seconds, "tok/s")
+            yield Line("memory", f"{name}, speed", rate, "TFLOP/s")
 
 
 PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, cache, memory)}
@@ -362,7 +375,7 @@ PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, c
 def print_line(line: Line) -> None:
     ratio = f"{line.ratio:8.2f}x" if line.ratio else " " * 9
     to = f" of {line.to}" if line.to else ""
-    print(f"{line.part:<8}{ratio}  {line.what:<34}{line.value:>12,.4g} {line.unit}{to}", flush=True)
+    print(f"{line.part:<8}{ratio}  {line.what:<36}{line.value:>12,.4g} {line.unit}{to}", flush=True)
 
 
 def draw(lines: list[Line], machine: str, target: Path) -> None:

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import statistics
@@ -335,11 +336,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointing: bool) -> int:
-    """Bytes that training needs, roughly: the weights, gradients and two Adam moments in fp32 of
-    those that are trained, and what the backward pass needs of each token."""
+    """Bytes that training needs, roughly: the weights, gradients and two Adam moments of those that
+    are trained (the moments of bf16 weights in 8 bits, see `make_optimizer`), and what the backward
+    pass needs of each token."""
     c = model.config
     weights = sum(p.nbytes for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = sum(p.numel() * (8 if p.dtype == torch.float32 else 2) for p in trained)
+    gradients = sum(p.nbytes for p in trained)
     heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
     chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
     layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
@@ -348,7 +352,8 @@ def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointi
     )
     logits = 4 * min(micro_batch * seq_len * c.vocab_size, 2**25)
     tokens = micro_batch * seq_len
-    return int(weights + 12 * trained + 4 * tokens * layer * layers + 4 * logits + 3e8)
+    activations = 4 * tokens * layer * layers + 4 * logits
+    return int(weights + gradients + moments + activations + 3e8)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -376,8 +381,21 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path} is a folder: give the file, {path / 'ckpt.pt'}")
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist: make one with train.py")
+
+    def read() -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            state = read()
+        except pickle.UnpicklingError as error:
+            if "torchao" not in str(error):
+                raise
+            import torchao.optim  # noqa: F401  # of --low_memory; it says that its tensors are safe
+
+            state = read()
+    except ImportError as error:
+        raise UsageError(f"checkpoint {path} needs torchao: pip install torchao") from error
     except Exception as error:  # torch, zipfile and pickle each raise their own
         raise UsageError(f"checkpoint {path} cannot be read: it is damaged or not one") from error
     if not isinstance(state, dict) or state.get("program") != "deepseek.py":
@@ -559,15 +577,26 @@ def draw_curves(log: Path, target: Path) -> None:
 
 
 def make_optimizer(
-    model: torch.nn.Module, lr: float, weight_decay: float, beta2: float
-) -> torch.optim.AdamW:
-    """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights."""
+    model: torch.nn.Module, lr: float, weight_decay: float, beta2: float, low_memory: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights.
+
+    low_memory: moments in 8 bits, for weights in bf16, which are rounded up or down at random, so
+    that a step smaller than their spacing is taken now and then instead of never.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr, (0.9, beta2), fused=True)
+    groups = [g for g in groups if g["params"]]
+    if not low_memory:
+        return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UsageError("--low_memory needs torchao: pip install torchao") from error
+    return AdamW8bit(groups, lr, (0.9, beta2), bf16_stochastic_round=True)
 
 
 def check_pieces(args: argparse.Namespace) -> None:
@@ -729,7 +758,8 @@ class Trainer:
             fully_shard(model)
         elif world() > 1:
             self.forward = DistributedDataParallel(model)
-        self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2)
+        low_memory = vars(args).get("low_memory", False)
+        self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2, low_memory)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.tokens, self.best = 0, 0, math.inf
         self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
@@ -797,7 +827,7 @@ class Trainer:
         args, began = self.args, time.perf_counter()
         lr = learning_rate(self.step, args.steps or 10**9, args.lr, args.warmup, args.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = torch.full_like(group["lr"], lr) if torch.is_tensor(group["lr"]) else lr
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         counted = (targets != data.IGNORE).sum()
         loss, aux_loss, load = 0.0, 0.0, 0.0
@@ -951,6 +981,8 @@ def make_parser() -> Parser:
     add_common_flags(parser, out="out")
     fsdp = "under torchrun, share out weights and optimizer over the processes (default: off)"
     add("--fsdp", action="store_true", help=fsdp)
+    low = "bf16 weights, 8-bit AdamW (needs torchao), --checkpoint_activations (default: off)"
+    add("--low_memory", action="store_true", help=low)
     add_config_flags(parser)
     return parser
 
@@ -969,6 +1001,7 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     args.schedule = args.schedule or recipe.get("schedule", "step")
     args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
+    args.checkpoint_activations |= args.low_memory
     args.vocab_size = base.vocab_size
 
 
@@ -1020,6 +1053,8 @@ def main() -> None:
     check_pieces(args)
     if args.fsdp and not dist.is_initialized():
         raise UsageError("--fsdp shares a model out over processes: start them with torchrun")
+    if args.fsdp and args.low_memory:
+        raise UsageError("--fsdp and --low_memory exclude each other: give one")
 
     # 2. Text
     torch.manual_seed(args.seed)
@@ -1042,11 +1077,12 @@ def main() -> None:
 
     # 3. Model
     config = Config(**state["config"]) if state else choose_config(args, overrides, tokenizer)
+    weights = torch.bfloat16 if args.low_memory else torch.float32
     with torch.device("meta"):
-        needed = DeepSeek(config)
+        needed = DeepSeek(config).to(weights)
     needed = estimate_memory(needed, piece, args.seq_len, args.checkpoint_activations)
     memory = check_memory(needed, device)
-    model = build_model(state) if state else DeepSeek(config)
+    model = build_model(state) if state else DeepSeek(config).to(weights)
     notes = {"floor": held_out.floor} if stories else {}
     trainer = Trainer(args, model, tokenizer, corpus.digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed

@@ -474,3 +474,25 @@ def test_the_bias_of_v3_is_trained_saved_and_resumed(run, corpus, tmp_path):
     assert bias.abs().max() > 0 and same(a, b)
     code, _, err = run(f"sample --ckpt {tmp_path / 'a' / 'ckpt.pt'} --export {tmp_path / 'hf'}")
     assert code == 2 and "bias_update_speed = 0.001 cannot be exported" in err
+
+
+def test_low_memory_trains_in_bf16_with_8_bit_moments_and_resumes_to_the_same_bits(
+    run, corpus, tmp_path, monkeypatch
+):
+    pytest.importorskip("torchao")
+    line = f"train {MODEL} --data {corpus} --low_memory --schedule constant --warmup 0 --lr 1e-2"
+    line = line.replace("--hidden_size 32", "--hidden_size 64")  # a matrix below 4,096 stays whole
+    assert run(f"{line} --steps 6 --out {tmp_path / 'a'}")[0] == 0
+    assert run(f"{line} --steps 3 --out {tmp_path / 'b'}")[0] == 0
+    assert run(f"train --resume --steps 6 --out {tmp_path / 'b'}")[0] == 0
+    a, b = (train.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
+    assert {t.dtype for t in a["model"].values()} == {torch.bfloat16}
+    moments = {type(m["exp_avg"]).__name__ for m in a["optimizer"]["state"].values()}
+    assert "OptimState8bit" in moments and same(a["model"], b["model"])
+    losses = [r["loss"] for r in log_of(tmp_path / "a")[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    code, out, _ = run(f"sample --ckpt {tmp_path / 'a' / 'ckpt.pt'} --max_new_tokens 3")
+    assert code == 0 and out
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    code, _, err = run(f"{line} --steps 3 --out {tmp_path / 'c'}")
+    assert code == 2 and "--low_memory needs torchao: pip install torchao" in err
