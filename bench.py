@@ -42,8 +42,8 @@ class Line(NamedTuple):
     what: str
     value: float
     unit: str
-    ratio: float | None = None  # of the first line's speed (or size) to this one's
-    to: str = ""  # what the ratio compares with
+    ratio: float | None = None  # times as fast as `to`; of "context" and "cache" times as much
+    to: str = ""
 
 
 # ----------------------------------------------------------------------------------------------
@@ -253,11 +253,10 @@ def decode(device: torch.device, rounds: int) -> Iterator[Line]:
 
 @torch.no_grad()
 def context(device: torch.device, rounds: int) -> Iterator[Line]:
-    """Time of a token over the length of the context, absorbed and expanded: tiny, V2's attention.
-
-    The second is one layer with V2-Lite's attention, where latent attention is at home.
-    """
-    lite = dict(num_hidden_layers=1, first_k_dense_replace=1, vocab_size=64, rope_scaling=None)
+    """Time of a token over the length of the context, absorbed and expanded: tiny, and one layer
+    with V2-Lite's attention, where latent attention is at home."""
+    lite = dict(num_hidden_layers=1, vocab_size=64, bos_token_id=0, eos_token_id=1)
+    lite |= dict(rope_scaling=None)
     for name, config in (
         ("tiny", Config.preset("tiny", max_position_embeddings=16384)),
         ("V2-Lite layer", Config.preset("v2-lite", intermediate_size=16, **lite)),
@@ -332,7 +331,7 @@ def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) 
     if place.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(place)
     else:
-        import resource
+        import resource  # not on Windows
 
         unit = 1 if sys.platform == "darwin" else 1024
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -442,6 +441,9 @@ def main() -> None:
     for name in chosen:
         if name not in PARTS:
             parser.error(f"--only {name!r} is no part: choose from {','.join(PARTS)}")
+    for file in (args.json, args.picture):
+        if file and not Path(file).resolve().parent.is_dir():
+            parser.error(f"the folder of {file} does not exist: make it first")
     device = choose_device(args.device)
     machine = f"{machine_name(device)}, torch {torch.__version__}, {time.strftime('%B %Y')}"
     print(machine)

@@ -436,7 +436,7 @@ class MLA(nn.Module):
         """Start each head as one that looks for what is expected, and copies it.
 
         The first half of the residual stream says what a token is, the second what comes next
-        (see `DeepSeek.init_weights`). Keys and values are of the first half alone. W_Q takes from
+        (see `DeepSeek.init_weights`). Latents are made of the first half alone. W_Q takes from
         the second what W_UK W_DKV takes from the first, so that a query likes the tokens that the
         stream already expects; W_O writes into the second what the value has read. Where R is half
         of D or more, the copy is a whole one.
@@ -898,8 +898,8 @@ class DeepSeek(nn.Module):
         second half with half the same numbers, and attention starts as a copy from the one to the
         other. A model has to learn to look back before it can tell who was named; but where copying
         has yet to be learned too, looking gains nothing, and copying nothing without looking. Small
-        models stay for millions of tokens on that plateau. With a copy, to look is to gain; and
-        kept apart from what comes next, what a token is can be read in every layer.
+        models stay for millions of tokens on that plateau. With a copy, any look back lowers the
+        loss; and kept apart from what comes next, what a token is can be read in every layer.
         """
         c = self.config
         for p in self.parameters():
@@ -1011,8 +1011,10 @@ class DeepSeek(nn.Module):
         step. Without bias_update_speed nothing happens."""
         c = self.config
         gates = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
-        if c.bias_update_speed:
-            for gate, load in zip(gates, expert_load, strict=True):
+        if not c.bias_update_speed:
+            return
+        for gate, load in zip(gates, expert_load, strict=True):
+            if gate.weight.requires_grad:  # a frozen router stays as it is
                 gate.e_score_correction_bias += c.bias_update_speed * (load.mean() - load).sign()
 
     def new_cache(
@@ -1131,6 +1133,10 @@ def check_config(c: Config) -> None:
         c.hidden_size % c.num_attention_heads == 0,
         f"hidden_size = {c.hidden_size} must be a multiple of num_attention_heads ="
         f" {c.num_attention_heads}",
+    )
+    require(
+        not c.copying_start or c.initializer_range > 0,
+        "copying_start needs an initializer_range above 0: the copy is made of random weights",
     )
     require(
         c.qk_rope_head_dim % 2 == 0,

@@ -285,7 +285,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -750,13 +750,15 @@ class Trainer:
     ):
         self.args, self.tokenizer, self.text = args, tokenizer, text
         self.device, self.dtype = device, dtype
-        self.model, self.out = model.to(device).train(), Path(args.out)
-        self.forward = model
-        if vars(args).get("fsdp"):
+        self.forward = self.model = model.train()
+        self.out = Path(args.out)
+        shared_out = vars(args).get("fsdp", False)
+        if shared_out:  # before it moves: the whole may not fit on the device
             for layer in model.model.layers:
                 fully_shard(layer)
             fully_shard(model)
-        elif world() > 1:
+        model.to(device)
+        if world() > 1 and not shared_out:
             self.forward = DistributedDataParallel(model)
         low_memory = vars(args).get("low_memory", False)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2, low_memory)
@@ -1053,8 +1055,11 @@ def main() -> None:
     check_pieces(args)
     if args.fsdp and not dist.is_initialized():
         raise UsageError("--fsdp shares a model out over processes: start them with torchrun")
-    if args.fsdp and args.low_memory:
-        raise UsageError("--fsdp and --low_memory exclude each other: give one")
+    if args.low_memory and (world() > 1 or overrides.get("bias_update_speed")):
+        raise UsageError(
+            "--low_memory is for one process, without --bias_update_speed: its rounding is random,"
+            " and a bias in bf16 would stand still"
+        )
 
     # 2. Text
     torch.manual_seed(args.seed)
@@ -1081,6 +1086,8 @@ def main() -> None:
     with torch.device("meta"):
         needed = DeepSeek(config).to(weights)
     needed = estimate_memory(needed, piece, args.seq_len, args.checkpoint_activations)
+    needed *= world() if device.type == "cpu" else 1  # all in one memory
+    needed //= world() if args.fsdp else 1
     memory = check_memory(needed, device)
     model = build_model(state) if state else DeepSeek(config).to(weights)
     notes = {"floor": held_out.floor} if stories else {}

@@ -80,3 +80,5 @@ def test_a_wrong_part_is_a_sentence(run):
     code, _, err = run("bench --only speed")
     assert code == 2
     assert err.strip().startswith("bench.py: --only 'speed' is no part: choose from peak,train")
+    code, _, err = run("bench --only cache --json nowhere/bench.json")
+    assert code == 2 and "the folder of nowhere/bench.json does not exist" in err

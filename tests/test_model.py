@@ -875,6 +875,7 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(rope_scaling={"type": "yarn", "original_max_position_embeddings": 9}), "lacks 'fac"),
         (dict(rope_scaling=YARN_V2 | {"mscale": math.inf}), "mscale = inf"),
         (dict(rope_scaling=YARN_V2 | {"beta_slow": -1}), "beta_slow = -1"),
+        (dict(copying_start=0.2, initializer_range=0.0), "needs an initializer_range above 0"),
         (dict(rope_scaling=YARN_V2 | {"factor": math.nan}), "factor = nan"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is over 10000"),
         (dict(rms_norm_eps=math.nan), "rms_norm_eps = nan"),
@@ -954,3 +955,10 @@ def test_groups_are_limited_under_a_negative_bias():
     routing = gate(torch.randn(4, 16, config.hidden_size))
     reached = routing.sent.gather(-1, routing.index // 2)  # two experts in a group
     assert reached.all()
+
+
+def test_the_bias_of_a_frozen_router_stays_as_it_is():
+    model = DeepSeek(small(bias_update_speed=0.25))
+    deepseek.add_lora(model)
+    model.update_bias(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]).repeat(2, 1))
+    assert not model.model.layers[1].mlp.gate.e_score_correction_bias.any()
