@@ -34,6 +34,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout  # comes with torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -56,6 +57,8 @@ from deepseek import (
 )
 
 FORMAT = 2  # of ckpt.pt
+SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
+CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
     *("adapter_model.safetensors", "adapter_config.json"),
@@ -752,6 +755,14 @@ class Trainer:
         self.device, self.dtype = device, dtype
         self.forward = self.model = model.train()
         self.out = Path(args.out)
+        if rank() == 0:
+            self.lock = FileLock(self.out / "run.lock")  # held as long as the trainer lives
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UsageError(
+                    f"another run is writing to {self.out}: wait for it, or give another --out"
+                ) from error
         shared_out = vars(args).get("fsdp", False)
         if shared_out:  # before it moves: the whole may not fit on the device
             for layer in model.model.layers:
@@ -764,6 +775,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2, low_memory)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.tokens, self.best = 0, 0, math.inf
+        self.skips, self.crowded = 0, 0  # steps in a row: left out, one expert visited by most
         self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
         if state:
             self.optimizer.load_state_dict(share_out(self.optimizer, state["optimizer"]))
@@ -850,28 +862,55 @@ class Trainer:
         (loss, aux_loss, stop), load = numbers[:3], numbers[3:].view_as(load)
         self.scaler.unscale_(self.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)).to(loss)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_bias(load)
         busiest = load.max() * load.shape[-1] if load.numel() else torch.zeros_like(norm)
         # one wait for the device, for all numbers
         numbers = torch.stack([loss, aux_loss, norm, busiest, stop])
         loss, aux_loss, norm, busiest, stop = numbers.tolist()
+        # In fp16 a norm out of range is usual: the scaler leaves the step out and scales less.
+        sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if sound:
+            self.scaler.step(self.optimizer)
+            self.model.update_bias(load)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.stop = stop > 0
         self.step += 1
         self.tokens += inputs.numel()
-        record = {
-            "step": self.step,
-            "tokens": self.tokens,
+        record = {"step": self.step, "tokens": self.tokens, "lr": rounded(lr)}
+        if not sound:
+            return record | {"skipped": True}, load
+        record |= {
             "loss": rounded(loss),
             "aux_loss": rounded(aux_loss),
-            "lr": rounded(lr),
             "grad_norm": rounded(norm),
             "tok_per_s": rounded(inputs.numel() / (time.perf_counter() - began), 4),
             "expert_load_max": rounded(busiest, 4),
         }
         return record, load
+
+    def check_health(self, record: dict[str, Any], bar: tqdm) -> None:
+        """Warn of a step that was left out and of experts that starve. Raises UsageError after
+        SKIPS_IN_A_ROW steps left out: the weights are as they were before them."""
+        self.skips = self.skips + 1 if "skipped" in record else 0
+        if self.skips == SKIPS_IN_A_ROW:
+            bar.close()
+            raise UsageError(
+                f"loss or gradient was not finite in {self.skips} steps in a row, up to step"
+                f" {self.step}: the last checkpoint is kept; try a lower --lr or --dtype float32"
+            )
+        if self.skips and rank() == 0:
+            bar.write(f"step {self.step}: loss or gradient not finite, left out", file=sys.stderr)
+        c = self.model.config
+        most = c.n_routed_experts / c.num_experts_per_tok  # every token visits the expert
+        crowded = record.get("expert_load_max", 0) > 0.75 * most and most > 2
+        self.crowded = self.crowded + 1 if crowded else 0
+        if self.crowded == CROWDED_STEPS:
+            record["warning"] = (
+                f"for {CROWDED_STEPS} steps, three of four tokens and more visited one expert of a"
+                " layer: try a higher --aux_loss_alpha"
+            )
+            if rank() == 0:
+                bar.write(f"step {self.step}: {record['warning']}", file=sys.stderr)
 
     def sum_of(self, value: float) -> float:
         """Of a number that each process has."""
@@ -914,12 +953,7 @@ class Trainer:
         while not self.stop and self.step < (args.steps or math.inf):
             tick = time.perf_counter()
             record, load = self.train_step(*batch_at(self.step))
-            if not math.isfinite(record["loss"]):
-                bar.close()
-                raise UsageError(
-                    f"the loss became {record['loss']} at step {self.step}: the last checkpoint is"
-                    " kept; try a lower --lr or --dtype float32"
-                )
+            self.check_health(record, bar)
             seconds.append(time.perf_counter() - tick)
             if args.steps is None and self.step == steps_began + 20:
                 left = 60 * args.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
@@ -937,7 +971,8 @@ class Trainer:
                     keep()
             self.log.write(record)
             bar.update()
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
+            if "loss" in record:
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
             if "val_loss" in record:
                 self.log.flush()
                 said = "" if args.log_level == "quiet" else show()  # by all, as --fsdp needs
@@ -945,7 +980,8 @@ class Trainer:
                     draw_curves(self.log.path, self.out / "curves.png")
                 if not quiet:
                     bar.write(f"step {self.step}: {_describe(record)} | {said}")
-            if last or self.stop or self.step % (args.save_every or every) == 0:
+            due = last or self.stop or self.step % (args.save_every or every) == 0
+            if due and not self.skips:
                 self.log.flush()
                 self.save()
         bar.close()

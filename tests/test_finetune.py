@@ -215,7 +215,12 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert code == 0, err
     assert "instructions" in text and "held out, nats/token" in text
     kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
-    assert {p.name for p in out.iterdir()} == kept | {"ckpt.pt", "log.jsonl", "curves.png"}
+    assert {p.name for p in out.iterdir()} == kept | {
+        "ckpt.pt",
+        "log.jsonl",
+        "curves.png",
+        "run.lock",
+    }
     assert trained.read_bytes() == before
     header, *records, summary = log_of(out)
     assert [r["step"] for r in records] == list(range(1, 31))
@@ -526,7 +531,7 @@ def test_overwriting_removes_what_the_earlier_run_left(run, trained, cats, tmp_p
     assert code == 2 and "holds another run" in err
     assert run(f"{line} --full --overwrite")[0] == 0
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert names == {"best.pt", "ckpt.pt", "log.jsonl", "curves.png"}
+    assert names == {"best.pt", "ckpt.pt", "log.jsonl", "curves.png", "run.lock"}
 
 
 def test_a_few_instructions_are_not_all_warm_up(run, trained, cats, tmp_path):

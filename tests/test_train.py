@@ -29,6 +29,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
         "ckpt.pt",
         "curves.png",
         "log.jsonl",
+        "run.lock",
     ]
     header, *records = log_of(tmp_path / "o")
     assert header["config"]["hidden_size"] == 32 and header["args"]["lr"] == 0.01
@@ -395,7 +396,9 @@ def test_loss_scaling_is_undone_before_clipping(trained, tmp_path):
     ids, targets = torch.randint(0, 320, (2, 4, 12))
     results = []
     for scale in (None, 1024.0):
-        trainer = small_trainer(tmp_path, trained, clip=0.1)
+        folder = tmp_path / str(scale)
+        folder.mkdir()
+        trainer = small_trainer(folder, trained, clip=0.1)
         if scale:
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         record, _ = trainer.train_step(ids, targets)
@@ -420,6 +423,7 @@ def test_fit_takes_each_step_once_in_training_mode_and_goes_on(trained, tmp_path
 
     trainer.fit(batch_at, evaluate, lambda: "")
     assert steps == [0, 1, 2] and all(modes) and trainer.best == 1.0
+    trainer.lock.release()
     state = train.load_checkpoint(tmp_path / "ckpt.pt", mmap=False)
     again = small_trainer(tmp_path, trained, state, steps=5)
     assert again.best == 1.0 and again.step == 3
@@ -441,7 +445,7 @@ def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, corpus, tmp_path):
     line = f"train {MODEL} --data {corpus} --out {tmp_path}/o --save_every 1 --clip 1e30 --warmup 0"
     code, _, err = run(f"{line} --steps 50 --lr 1e30")
-    assert code == 2 and "the loss became" in err and "--lr" in err
+    assert code == 2 and "not finite in 5 steps in a row" in err and "--lr" in err
     assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] >= 1
 
 
@@ -496,3 +500,66 @@ def test_low_memory_trains_in_bf16_with_8_bit_moments_and_resumes_to_the_same_bi
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     code, _, err = run(f"{line} --steps 3 --out {tmp_path / 'c'}")
     assert code == 2 and "--low_memory needs torchao: pip install torchao" in err
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_and_logged(trained, tmp_path, poisoned, capsys):
+    trainer = small_trainer(tmp_path, trained, steps=4, eval_every=10)
+    real, before, calls = trainer.forward, [], []
+
+    def forward(*args, **kwargs):
+        out = real(*args, **kwargs)
+        before.append(trainer.model.lm_head.weight.detach().clone())
+        calls.append(1)
+        if len(calls) == 2:
+            bad = math.nan if poisoned == "loss" else 0.0
+            loss = out.loss + bad * out.loss
+            if poisoned == "gradient":
+                loss.register_hook(lambda g: g * math.inf)
+            return out._replace(loss=loss)
+        return out
+
+    trainer.forward = forward
+    trainer.fit(lambda i: torch.randint(0, 320, (2, 4, 12)), lambda: {"val_loss": 1.0}, lambda: "")
+    records = log_of(tmp_path)[1:]
+    assert [r.get("skipped", False) for r in records] == [False, True, False, False]
+    assert torch.equal(before[1], before[2]) and not torch.equal(before[2], before[3])
+    assert "step 2: loss or gradient not finite, left out" in capsys.readouterr().err
+
+
+def test_nothing_is_saved_between_steps_left_out_and_several_in_a_row_end_the_run(
+    trained, tmp_path
+):
+    trainer = small_trainer(tmp_path, trained, steps=20, eval_every=100, save_every=1)
+    real = trainer.forward
+
+    def forward(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out._replace(loss=out.loss * (math.nan if trainer.step >= 3 else 1))
+
+    trainer.forward = forward
+    with pytest.raises(train.UsageError, match="in 5 steps in a row, up to step 8"):
+        batch_at = lambda i: torch.randint(0, 320, (2, 4, 12))  # noqa: E731
+        trainer.fit(batch_at, lambda: {"val_loss": 1.0}, lambda: "")
+    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+
+
+def test_experts_that_starve_are_warned_of_once(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "CROWDED_STEPS", 3)
+    trainer = small_trainer(tmp_path, trained)
+    trainer.model.config = Config(**vars(trainer.model.config) | {"n_routed_experts": 32})
+    bar = train.tqdm(disable=True)  # 2 of 32: at most 16 times the average
+    loads = [15.0, 15.0, 3.0, 13.0, 12.5, 14.0, 15.0]
+    records = [{"loss": 1.0, "expert_load_max": load} for load in loads]
+    for record in records:
+        trainer.check_health(record, bar)
+    assert ["warning" in r for r in records] == [False] * 5 + [True, False]
+    assert capsys.readouterr().err.count("try a higher --aux_loss_alpha") == 1
+
+
+def test_two_runs_cannot_write_to_one_folder(trained, tmp_path):
+    first = small_trainer(tmp_path, trained)
+    with pytest.raises(train.UsageError, match="another run is writing to"):
+        small_trainer(tmp_path, trained)
+    first.lock.release()
+    small_trainer(tmp_path, trained)
