@@ -101,16 +101,32 @@ def test_two_processes_fine_tune_to_the_adapter_of_one(together, tmp_path, train
     assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], rel=1e-5)
 
 
-def test_a_process_that_dies_ends_all_with_a_message(start, tmp_path):
-    process = start(2, f"{TRAIN} --data {{corpus}} --steps 100000 --out out")
-    log = tmp_path / "out" / "log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) > 4):
+def workers(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def wait_for_lines(process, log, lines):
+    while not (log.exists() and len(log.read_text().splitlines()) > lines):
         assert process.poll() is None
         time.sleep(0.2)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step(start, tmp_path):
+    loud = TRAIN.replace("--log_level quiet", "")
+    process = start(2, f"{loud} --data {{corpus}} --minutes 60 --eval_every 5 --out out")
+    wait_for_lines(process, tmp_path / "out" / "log.jsonl", 25)  # the number of steps is agreed on
+    os.kill(workers(process)[-1], signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("stopped after step") == 1 and out.count("vocabulary") == 1  # said once
+    assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_process_that_dies_ends_all_with_a_message(start, tmp_path):
+    process = start(2, f"{TRAIN} --data {{corpus}} --steps 100000 --out out")
+    wait_for_lines(process, tmp_path / "out" / "log.jsonl", 4)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "exitcode" in err and "-9" in err

@@ -242,31 +242,40 @@ def test_a_copying_start_tells_later_tokens_what_came_and_the_head_reads_it_off(
     assert not embedding[:, 64:].any() and not head[:, :64].any()
 
 
+@pytest.mark.parametrize("D", [50, 51])
 @pytest.mark.parametrize("compressed", [dict(), dict(q_lora_rank=100)])
-def test_a_copying_start_looks_for_what_is_expected_and_writes_what_it_read(compressed):
-    D, half, R, H, dn = 50, 25, 32, 2, 12
+def test_a_copying_start_looks_for_what_is_expected_and_writes_what_it_read(compressed, D):
+    half, R, dn, dr, dv = 25, 32, 12, 8, 26
+    H = 2 if D == 50 else 3
     config = small(
-        hidden_size=D, num_attention_heads=H, kv_lora_rank=R, qk_nope_head_dim=dn, v_head_dim=26,
+        hidden_size=D, num_attention_heads=H, kv_lora_rank=R, qk_nope_head_dim=dn, v_head_dim=dv,
         copying_start=0.3, initializer_range=0.05, **compressed,
     )  # fmt: skip
     torch.manual_seed(0)
-    attention = DeepSeek(config).model.layers[1].self_attn
-    w_dkv = attention.kv_a_proj_with_mqa.weight[:R]
-    w_uk, w_uv = attention.kv_b_proj.weight.view(H, dn + 26, R).split([dn, 26], 1)
-    w_o = attention.o_proj.weight.view(D, H, 26)
-    q = attention.q_b_proj.weight if compressed else attention.q_proj.weight
-    w_q = q.view(H, -1, q.shape[1])[:, :dn]
-    if compressed:
-        w_q = w_q @ attention.q_a_proj.weight
-    assert not w_dkv[:, half:].any() and not w_o[:half].any()
-    assert w_o.std().item() == pytest.approx(1.5 * 0.05)
-    for h in range(H):
-        copied = w_o[:, h] @ w_uv[h] @ w_dkv  # reads the first half, writes the second
-        path = copied[half:, :half]
-        assert torch.allclose(path, path.T, atol=1e-5) and torch.linalg.eigvalsh(path).min() > -1e-4
-        liked = w_q[h].T @ w_uk[h] @ w_dkv  # x.T liked y: how much a query of x likes a key of y
-        same, other = liked[half:, :half].diagonal(), liked[half:, :half].flatten()
-        assert same.mean() > 2 * other.std()
+    model = DeepSeek(config)
+    embedding, second = model.model.embed_tokens.weight, D - half  # where the second half begins
+    assert embedding[:, :half].std().item() == pytest.approx(0.3, rel=0.05)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        w_dkv, w_kr = attention.kv_a_proj_with_mqa.weight.split([R, dr])
+        w_uk, w_uv = attention.kv_b_proj.weight.view(H, dn + dv, R).split([dn, dv], 1)
+        w_o = attention.o_proj.weight.view(D, H, dv)
+        q = attention.q_b_proj.weight if compressed else attention.q_proj.weight
+        w_q, w_qr = q.view(H, dn + dr, -1).split([dn, dr], 1)
+        assert not w_dkv[:, half:].any() and not w_o[:second].any()
+        for w, std in ((w_o, 1.5 * 0.05), (w_q, 9 * 0.05), (w_kr, 0.05), (w_qr, 0.05)):
+            assert w.std().item() == pytest.approx(std, rel=0.15 if std == 0.05 else 1e-4)
+        assert w_kr[:, half:].std() > 0.03  # the position's key is read from everywhere
+        if compressed:
+            w_q = w_q @ attention.q_a_proj.weight
+        for h in range(H):
+            copied = w_o[:, h] @ w_uv[h] @ w_dkv  # reads the first half, writes the second
+            path = copied[second:, :half]
+            assert torch.allclose(path, path.T, atol=1e-5)
+            assert torch.linalg.eigvalsh(path).min() > -1e-4
+            liked = w_q[h].T @ w_uk[h] @ w_dkv  # x.T liked y: how much a query of x likes a key y
+            same, other = liked[second:, :half].diagonal(), liked[second:, :half].flatten()
+            assert same.mean() > 1.5 * other.std()
 
 
 def test_initial_weights_have_the_stated_spread():
@@ -962,3 +971,11 @@ def test_the_bias_of_a_frozen_router_stays_as_it_is():
     deepseek.add_lora(model)
     model.update_bias(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]).repeat(2, 1))
     assert not model.model.layers[1].mlp.gate.e_score_correction_bias.any()
+
+
+def test_the_bias_of_v3_counts_in_the_choice_of_groups():
+    config = small(bias_update_speed=0.1, **GROUPS)
+    gate = random_model(config).model.layers[1].mlp.gate
+    gate.e_score_correction_bias[5] = 5.0
+    routing = gate(torch.randn(4, 16, config.hidden_size))
+    assert routing.sent[..., 2].all() and (routing.index == 5).any(-1).all()

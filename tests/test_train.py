@@ -16,7 +16,7 @@ import data
 import sample
 import stories
 import train
-from deepseek import Config, Output
+from deepseek import Config, DeepSeek, Output
 
 
 def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
@@ -563,3 +563,61 @@ def test_two_runs_cannot_write_to_one_folder(trained, tmp_path):
         small_trainer(tmp_path, trained)
     first.lock.release()
     small_trainer(tmp_path, trained)
+
+
+def test_a_process_that_is_not_the_first_writes_nothing_and_says_nothing(
+    trained, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "best.pt").write_text("of an earlier run")
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    monkeypatch.setattr(train, "world", lambda: 2)
+    monkeypatch.setattr(train, "summed", lambda values: values)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda model: model)
+    trainer = small_trainer(tmp_path, trained, log_level="info", overwrite=True, eval_every=1)
+    first = torch.initial_seed()
+    trainer.fit(lambda i: torch.randint(0, 320, (2, 4, 12)), lambda: {"val_loss": 1.0}, lambda: "")
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+    said = capsys.readouterr()
+    assert said.out == "" and "step" not in said.err
+    assert first == trainer.args.seed + 1  # it drops tokens of other sequences than the first
+
+
+def test_the_bias_follows_the_load_of_the_whole_batch(trained, tmp_path):
+    state = train.load_checkpoint(trained, mmap=False)
+    state["config"] |= {"bias_update_speed": 0.5}
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    state["model"][bias] = torch.zeros(4)
+    args = train.make_parser().parse_args(["--out", str(tmp_path)])
+    args.steps, args.lr, args.beta2, args.warmup, args.grad_accum = 3, 1e-9, 0.95, 0, 4
+    model = train.build_model(state)
+    trainer = train.Trainer(args, model, None, "", torch.device("cpu"), torch.float32)
+    inputs, targets = torch.randint(0, 320, (2, 4, 12))
+    load = model(inputs).expert_load
+    trainer.train_step(inputs, targets)
+    expected = 0.5 * (load.mean() - load[0]).sign()
+    clear = (load[0] - load.mean()).abs() > 1e-6
+    assert clear.sum() >= 2 and torch.equal(model.state_dict()[bias][clear], expected[clear])
+
+
+def test_a_step_below_the_spacing_of_bf16_is_taken_now_and_then():
+    pytest.importorskip("torchao")
+    layer = torch.nn.Linear(128, 128, bias=False).to(torch.bfloat16)
+    torch.nn.init.ones_(layer.weight)  # spacing 1/256 below it
+    optimizer = train.make_optimizer(layer, 1e-4, 0.0, 0.95, low_memory=True)
+    torch.manual_seed(0)
+    layer(torch.ones(1, 128, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    moved = (layer.weight < 1).float().mean().item()
+    assert moved == pytest.approx(1e-4 * 256, rel=0.2)
+
+
+def test_memory_of_8_bit_moments_is_counted():
+    with torch.device("meta"):
+        model = DeepSeek(Config.preset("1b"))
+    plain = train.estimate_memory(model, 1, 256, True)
+    low = train.estimate_memory(model.to(torch.bfloat16), 1, 256, True)
+    n = model.num_parameters()[0]
+    assert plain - low == pytest.approx(n * (16 - 6), rel=1e-6)
+    args = train.make_parser().parse_args(["--low_memory"])
+    train.choose_recipe(args, {})
+    assert args.checkpoint_activations
