@@ -636,14 +636,14 @@ def test_accumulation_changes_no_gradient():
 
 
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_grouped_experts_equal_the_loop(dtype, relative):
+def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
     torch.manual_seed(0)
     experts = Experts(small())
     gate_up, down = (torch.randn_like(p) * 0.3 for p in experts.parameters())
     index = torch.rand(37, 8).topk(3).indices
     index[index == 5] = 4  # expert 5 has nothing to do, expert 4 may get a token twice
     results = []
-    for run in (experts.looped, experts.grouped):
+    for run in (experts.looped, experts.grouped, experts.gathered):
         given = [t.clone().requires_grad_() for t in (torch.ones(37, 48), torch.rand(37, 3))]
         torch.manual_seed(1)
         given[0].data.normal_()
@@ -652,16 +652,17 @@ def test_grouped_experts_equal_the_loop(dtype, relative):
         out = run(given[0].to(dtype), index, given[1], *weights)
         out.square().sum().backward()
         results.append([out, *(t.grad.float() for t in (*given, *weights))])
-    for a, b in zip(*results, strict=True):
-        assert torch.isfinite(a).all()
-        close(a, b, relative)
+    for looped, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.isfinite(other).all()
+            close(looped, other, relative)
     for result in results:
         assert (result[3][5] == 0).all() and (result[4][5] == 0).all()  # idle: gradient zero
 
 
 def test_experts_are_grouped_where_that_runs_and_looped_elsewhere(monkeypatch):
     cpu, taken = torch.device("cpu"), []
-    for name in ("looped", "grouped"):
+    for name in ("looped", "grouped", "gathered"):
         real = getattr(Experts, name)
 
         def spy(self, x, *rest, name=name, real=real):
@@ -681,6 +682,11 @@ def test_experts_are_grouped_where_that_runs_and_looped_elsewhere(monkeypatch):
         assert taken.pop() == ("looped", torch.float32)
     assert Experts(small(moe_intermediate_size=20)).can_group(cpu, torch.float32)
     assert not Experts(small(moe_intermediate_size=20)).can_group(cpu, torch.bfloat16)
+    taken.clear()  # 8 experts, 3 for a token: two tokens copy 6, three would copy more than all
+    model = random_model(small(num_hidden_layers=2))
+    for tokens, way in ((1, "gathered"), (2, "gathered"), (3, "grouped")):
+        model(ids[:, :tokens])
+        assert taken.pop() == (way, torch.float32)
 
 
 def test_dropping_keeps_what_each_device_wants_most():
