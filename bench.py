@@ -319,6 +319,18 @@ def cache(device: torch.device, rounds: int) -> Iterator[Line]:
             yield Line("cache", f"{size}, {way} counted", counted, "bytes", ratio, "measured")
 
 
+def peak_memory() -> int:
+    """Bytes that this process has taken at most."""
+    try:  # what getrusage says on Linux counts the parent's memory in
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
+
+
 def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) -> None:
     """In a process of its own: a training step of one row, and the peak of memory it took."""
     place, config = torch.device(device), Config.preset(size)
@@ -331,10 +343,7 @@ def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) 
     if place.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(place)
     else:
-        import resource  # not on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak_bytes = peak_memory()
     queue.put((peak_bytes, seconds))
 
 
