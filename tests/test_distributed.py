@@ -81,7 +81,7 @@ def test_two_processes_train_to_the_weights_and_the_log_of_one(together, tmp_pat
     assert one[-1]["expert_load"] == two[-1]["expert_load"]
 
 
-@pytest.mark.parametrize("first, second", [("2 --fsdp", "1"), ("1", "2 --fsdp"), ("2", "1")])
+@pytest.mark.parametrize("first, second", [("2 --fsdp", "1"), ("1", "2")])
 def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path, first, second):
     line = f"{TRAIN} --data {{corpus}} --schedule constant --warmup 0"
     together(1, f"{line} --steps 8 --out straight")
