@@ -848,8 +848,9 @@ class Trainer:
         pieces = [t.chunk(args.grad_accum) for t in (inputs, targets)]
         for i, piece in enumerate(zip(*pieces, strict=True), 1):
             x, y = (t.chunk(world())[rank()] for t in piece)
-            with autocast(self.device, self.dtype), self.only_sum_up(i < args.grad_accum):
-                out = self.forward(x, y, checkpoint_activations=args.checkpoint_activations)
+            with self.only_sum_up(i < args.grad_accum):
+                with autocast(self.device, self.dtype):  # the backward pass follows by itself
+                    out = self.forward(x, y, checkpoint_activations=args.checkpoint_activations)
                 share = (y != data.IGNORE).sum() / counted  # all tokens of a batch count the same
                 piece_loss = out.loss * share
                 piece_aux = out.aux_loss / (args.grad_accum * world())
