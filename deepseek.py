@@ -609,8 +609,6 @@ class Gate(nn.Module):
 #     device           one of G groups, P summed over its experts: no GPU works while others wait
 #     communication    one of G groups, f counting the tokens sent there: limited routing bounds
 #                      what a device sends, this loss evens out what it receives
-
-
 #
 # DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) balances without a gradient: a bias per expert
 # counts in the choice and not in the weight; after each step it rises where the load was below
@@ -1019,13 +1017,12 @@ class DeepSeek(nn.Module):
     def update_bias(self, expert_load: Tensor) -> None:
         """V3's balancing, after a step of training: expert_load [MoE layers, E] is that of the
         step. Without bias_update_speed nothing happens."""
-        c = self.config
-        gates = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
-        if not c.bias_update_speed:
+        if not (speed := self.config.bias_update_speed):
             return
+        gates = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
         for gate, load in zip(gates, expert_load, strict=True):
             if gate.weight.requires_grad:  # a frozen router stays as it is
-                gate.e_score_correction_bias += c.bias_update_speed * (load.mean() - load).sign()
+                gate.e_score_correction_bias += speed * (load.mean() - load).sign()
 
     def new_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype | None = None
