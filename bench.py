@@ -350,12 +350,12 @@ def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) 
 def memory(device: torch.device, rounds: int) -> Iterator[Line]:
     """The peak of a training step of one row, in a process of its own."""
     length = 1024 if device.type == "cuda" else 256
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     for size, low in (("tiny", False), ("small", False), ("1b", False), ("1b", True)):
         if low and not importlib.util.find_spec("torchao"):
             continue
-        queue = context.Queue()
-        process = context.Process(target=one_step, args=(size, str(device), length, low, queue))
+        queue = spawn.Queue()
+        process = spawn.Process(target=one_step, args=(size, str(device), length, low, queue))
         process.start()
         while process.is_alive() and queue.empty():
             time.sleep(0.1)
