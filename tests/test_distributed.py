@@ -65,30 +65,35 @@ def difference(a, b):
 
 # Many of 16 experts are idle in a batch of 4 x 8 tokens.
 @pytest.mark.parametrize(
-    "extra", ["", "--fsdp", "--grad_accum 2 --n_routed_experts 16 --seq_len 8"]
+    "extra, engines",
+    [("", ("", "--fsdp")), ("--grad_accum 2 --n_routed_experts 16 --seq_len 8", ("",))],
 )
-def test_two_processes_train_to_the_weights_and_the_log_of_one(together, tmp_path, extra):
+def test_two_processes_train_to_the_weights_and_the_log_of_one(together, tmp_path, extra, engines):
     line = f"{TRAIN} --data {{corpus}} --steps 10 {extra}"
-    together(1, line.replace("--fsdp", "") + " --out one")
-    together(2, line + " --out two")
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    assert [r["step"] for r in two[1:]] == list(range(1, 11))  # one process writes
-    for a, b in zip(one[1:], two[1:], strict=True):
-        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
-        for name in ("loss", "aux_loss", "grad_norm", "expert_load_max", "val_loss"):
-            assert name not in a or b[name] == pytest.approx(a[name], rel=1e-4), name
-    assert one[-1]["expert_load"] == two[-1]["expert_load"]
+    together(1, line + " --out one")
+    one = log_of(tmp_path / "one")
+    for engine in engines:
+        folder = tmp_path / f"two{engine}"
+        together(2, f"{line} {engine} --out {folder}")
+        assert difference(tmp_path / "one", folder) < 1e-5
+        two = log_of(folder)
+        assert [r["step"] for r in two[1:]] == list(range(1, 11))
+        for a, b in zip(one[1:], two[1:], strict=True):
+            assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+            for name in ("loss", "aux_loss", "grad_norm", "expert_load_max", "val_loss"):
+                assert name not in a or b[name] == pytest.approx(a[name], rel=1e-4), name
+        assert one[-1]["expert_load"] == two[-1]["expert_load"]
 
 
-@pytest.mark.parametrize("first, second", [("2 --fsdp", "1"), ("1", "2")])
-def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path, first, second):
+def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
     line = f"{TRAIN} --data {{corpus}} --schedule constant --warmup 0"
     together(1, f"{line} --steps 8 --out straight")
-    for part, more in ((first, f"{line} --steps 4"), (second, "train.py --resume --steps 8")):
-        processes, _, fsdp = part.partition(" ")
-        together(int(processes), f"{more} {fsdp} --out halves --log_level quiet")
-    assert difference(tmp_path / "straight", tmp_path / "halves") < 1e-5
+    for i, (first, second) in enumerate([("2 --fsdp", "1"), ("1", "2 --fsdp"), ("2", "1")]):
+        halves = tmp_path / f"halves{i}"
+        for part, more in ((first, f"{line} --steps 4"), (second, "train.py --resume --steps 8")):
+            processes, _, fsdp = part.partition(" ")
+            together(int(processes), f"{more} {fsdp} --out {halves} --log_level quiet")
+        assert difference(tmp_path / "straight", halves) < 1e-5, (first, second)
 
 
 def test_two_processes_fine_tune_to_the_adapter_of_one(together, tmp_path, trained):
