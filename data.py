@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,38 @@ def write_stories(source: str, cache: Path) -> Path:
     mark = hashlib.blake2b(sample.encode()).hexdigest()[:12]
     path = cache / f"stories-{number}-{mark}.txt"
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=cache)
-        try:
-            with open(handle, "w", encoding="ascii", newline="\n") as file:
-                seeds = range(int(number))
-                for seed in tqdm(seeds, desc="telling", unit="story", leave=False, disable=None):
-                    file.write((SEPARATOR if seed else "") + tell(seed).text)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with built_beside(path) as partial, open(partial, "w", encoding="ascii", newline="\n") as f:
+            seeds = range(int(number))
+            for seed in tqdm(seeds, desc="telling", unit="story", leave=False, disable=None):
+                f.write((SEPARATOR if seed else "") + tell(seed).text)
     return path
+
+
+@contextmanager
+def built_beside(target: Path, folder: bool = False) -> Iterator[Path]:
+    """A name to write a file (or a folder) of the cache under; complete, it becomes `target`. So a
+    half-written one is never found, whatever ends the process. Raises DataError on a full disk."""
+    beside = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.mkdtemp(suffix=".partial", dir=target.parent)
+        partial = Path(beside) / target.name
+        if folder:
+            partial.mkdir()
+        yield partial
+        try:
+            os.rename(partial, target)
+        except OSError:  # another process was faster
+            if not target.exists():
+                raise
+    except OSError as error:
+        raise DataError(
+            f"the cache {target.parent} cannot be written ({error.strerror}): make room, or set"
+            " DEEPSEEK_CACHE to a folder that has some"
+        ) from error
+    finally:
+        if beside:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def download(repo: str, name: str) -> Path:
@@ -386,18 +408,8 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path) -> Dataset:
     key = f"{found.digest} {which} {FORMAT} {tokenizers.__version__}"
     folder = cache / f"{name}-{vocab_size}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        # Built under another name and renamed when complete: a half-written one is never found.
-        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=cache))
-        try:
+        with built_beside(folder, folder=True) as partial:
             _write_tokens(files, found, tokens, partial)
-            try:
-                os.rename(partial, folder)
-            except OSError:  # another process was faster
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return Dataset(
         name=name,
         tokenizer=load_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8")),

@@ -48,6 +48,7 @@ from train import (
     rank,
     read_log,
     run_script,
+    sealing,
     world,
     write_sample,
 )
@@ -302,7 +303,8 @@ def keep(trainer: Trainer) -> None:
     if trainer.args.full:
         trainer.save("best.pt")
     elif rank() == 0:
-        save_lora(trainer.model, trainer.out, base=trainer.args.ckpt)
+        with sealing(trainer.out, "adapter_*"):
+            save_lora(trainer.model, trainer.out, base=trainer.args.ckpt)
 
 
 def take_kept(trainer: Trainer) -> None:
@@ -402,7 +404,6 @@ def main() -> None:
         detach_lora(model)
         summary["plain_loss_off"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
     trainer.log.write(summary)
-    trainer.log.flush()
     if args.log_level != "quiet" and rank() == 0:
         if lesson.tasks:
             print_scores(lesson.tasks, before, after)

@@ -24,7 +24,17 @@ from tokenizers.decoders import DecodeStream
 import data
 from deepseek import DeepSeek, load_lora, merge_lora
 from stories import NotAStory, parse
-from train import Parser, UsageError, choose_device, evaluate, number, open_model, run_script
+from train import (
+    Parser,
+    UsageError,
+    check_seal,
+    choose_device,
+    evaluate,
+    number,
+    open_model,
+    run_script,
+    sealing,
+)
 
 LONGEST = 2048  # new tokens unless told otherwise: the cache for V2's context would take 11 GB
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -63,6 +73,7 @@ def main() -> None:
     device = choose_device(args.device)
     model, tokenizer = open_model(args.ckpt, device, args.dtype)
     if args.lora:
+        check_seal(args.lora)
         load_lora(model, args.lora)
     if args.export:
         merge_lora(model)
@@ -191,19 +202,17 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
 
 def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
     """Write model and tokenizer so that transformers loads them: config.json, weights,
-    tokenizer.json, tokenizer_config.json, generation_config.json. Raises UsageError where
+    tokenizer.json, tokenizer_config.json, generation_config.json, SHA256SUMS. Raises UsageError where
     something lies already, CheckpointError for a model that the format cannot express."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "is not empty" if folder.is_dir() else "is a file"
         raise UsageError(f"{folder} {kind}: give another folder")
-    model.save_pretrained(folder)
     config = model.config
     bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
     mine = Tokenizer.from_str(tokenizer.to_str())
     mine.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, config.bos_token_id)]
     )
-    mine.save(str(folder / "tokenizer.json"))
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -220,8 +229,11 @@ def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
             "pad_token_id": config.eos_token_id,
         },
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with sealing(folder):
+        model.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(mine.to_str(pretty=True), encoding="utf-8")
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 1e6:,.1f} MB in the official format")
 

@@ -13,16 +13,19 @@ Pretrain a DeepSeek-V2 of any size.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -41,7 +44,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 import data
@@ -59,9 +62,10 @@ from deepseek import (
 FORMAT = 2  # of ckpt.pt
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
+SUMS = "SHA256SUMS"  # of the files of an adapter or an export; `sha256sum -c` reads it, too
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
-    *("adapter_model.safetensors", "adapter_config.json"),
+    *("adapter_model.safetensors", "adapter_config.json", SUMS),
 ]
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
@@ -127,6 +131,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a disk that is full, failing, or not to be written to
+        where = error.filename or "a file"
+        print(f"{Path(sys.argv[0]).name}: {where}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -365,13 +373,26 @@ def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointi
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write next to path, sync, rename: whatever happens, path holds a complete checkpoint."""
+    """Write next to path, sync, rename: whatever happens, path holds a complete checkpoint.
+
+    Raises CheckpointError, as on a full disk.
+    """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is what torch makes of a full disk
+        temporary.unlink(missing_ok=True)
+        needed = sum(t.nbytes for t in tree_leaves(state) if isinstance(t, Tensor))
+        free = shutil.disk_usage(path.parent).free
+        reason = getattr(error, "strerror", None) or "the disk is full or failing"
+        raise CheckpointError(
+            f"{path} cannot be written: {reason}; it takes {needed / 1e6:.1f} MB and"
+            f" {free / 1e6:.1f} MB are free"
+        ) from error
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
@@ -389,6 +410,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes sums, but does not look at them
+            if record := archive.testzip():
+                raise zipfile.BadZipFile(record)
         try:
             state = read()
         except pickle.UnpicklingError as error:
@@ -406,6 +430,43 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise UsageError(f"checkpoint {path} has format {state['format']}, this program {FORMAT}")
     return state
+
+
+def file_sum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    whole = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            whole.update(chunk)
+    return whole.hexdigest()
+
+
+@contextmanager
+def sealing(folder: Path, pattern: str = "*") -> Iterator[None]:
+    """Around the writing of files into a folder: their sums are written last, and those of earlier
+    ones removed first, so that a process that is ended in between leaves none that are wrong."""
+    (folder / SUMS).unlink(missing_ok=True)
+    yield
+    lines = [f"{file_sum(path)}  {path.name}\n" for path in sorted(folder.glob(pattern))]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_seal(folder: str | Path) -> None:
+    """Raise CheckpointError for a file that is not what `sealing` saw; without sums do nothing.
+
+    Neither safetensors nor JSON would notice a digit that has changed.
+    """
+    sums = Path(folder) / SUMS
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines() if sums.exists() else []
+        wrong = [line for line in lines if file_sum(sums.with_name(line[66:])) != line[:64]]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{sums} cannot be compared with its folder ({error})") from error
+    if wrong:
+        raise CheckpointError(
+            f"{sums.with_name(wrong[0][66:])} is not what was written: fetch or write it again, or,"
+            f" if you have changed it, remove {SUMS}"
+        )
 
 
 def build_model(state: dict[str, Any]) -> DeepSeek:
@@ -435,6 +496,7 @@ def open_model(source: str, device: torch.device, dtype: str) -> tuple[DeepSeek,
         raise UsageError(
             f"{folder} has neither ckpt.pt nor config.json: give a model's folder or file"
         )
+    check_seal(folder)
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -448,9 +510,8 @@ class Log:
     the first process alone."""
 
     def __init__(self, folder: Path, header: dict[str, Any], resume_at: int | None = None):
-        self.path = folder / "log.jsonl"
+        self.path, self.waiting = folder / "log.jsonl", ""
         if rank() > 0:
-            self.file = open(os.devnull, "w")
             return
         if resume_at is None:
             lines = [header]
@@ -460,13 +521,21 @@ class Log:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-
-    def flush(self) -> None:
-        self.file.flush()
+        """Raises OSError, as on a full disk; then the line is written with a later one."""
+        self.waiting += json.dumps(record) + "\n"
+        if rank() > 0:
+            self.waiting = ""
+            return
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self.waiting)
+            self.waiting = ""
+        except OSError:
+            os.truncate(self.path, size)  # without half a line
+            raise
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -775,6 +844,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay, args.beta2, low_memory)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.tokens, self.best = 0, 0, math.inf
+        self.unwritten: dict[str, str] = {}  # files that could not be written, and why
         self.skips, self.crowded = 0, 0  # steps in a row: left out, one expert visited by most
         self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
         if state:
@@ -913,6 +983,20 @@ class Trainer:
             if rank() == 0:
                 bar.write(f"step {self.step}: {record['warning']}", file=sys.stderr)
 
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Around the writing of a file. Where that fails, as on a full disk, the run goes on: it is
+        said once, and tried again at the next occasion."""
+        try:
+            yield
+            self.unwritten.pop(what, None)
+        except (OSError, CheckpointError) as error:
+            reason = f"{what} cannot be written: {error.strerror}"
+            message = reason if isinstance(error, OSError) else str(error)
+            if what not in self.unwritten:
+                tqdm.write(f"step {self.step}: {message}; going on", file=sys.stderr)
+            self.unwritten[what] = message
+
     def sum_of(self, value: float) -> float:
         """Of a number that each process has."""
         return summed(torch.tensor(float(value), device=self.device)).item()
@@ -968,28 +1052,32 @@ class Trainer:
                 record |= evaluate()
                 record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
                 if record["val_loss"] < self.best:
-                    self.best = record["val_loss"]
-                    keep()
-            self.log.write(record)
+                    with self.writing("what did best"):
+                        keep()
+                        self.best = record["val_loss"]
+            with self.writing("log.jsonl"):
+                self.log.write(record)
             bar.update()
             if "loss" in record:
                 bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tok_per_s']:,.0f} tok/s")
             if "val_loss" in record:
-                self.log.flush()
                 said = "" if args.log_level == "quiet" else show()  # by all, as --fsdp needs
                 if rank() == 0:
-                    draw_curves(self.log.path, self.out / "curves.png")
+                    with self.writing("curves.png"):
+                        draw_curves(self.log.path, self.out / "curves.png")
                 if not quiet:
                     bar.write(f"step {self.step}: {_describe(record)} | {said}")
             due = last or self.stop or self.step % (args.save_every or every) == 0
             if due and not self.skips:
-                self.log.flush()
-                self.save()
+                with self.writing("ckpt.pt"):
+                    self.save()
         bar.close()
         if self.stop and self.step == 0:  # before the first step there was nothing to save yet
             self.save()
         for which, handler in handlers.items():
             signal.signal(which, handler)
+        for message in self.unwritten.values():
+            raise UsageError(f"{message}: make room; --resume goes on from the last checkpoint")
         return record
 
 
