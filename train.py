@@ -513,14 +513,17 @@ class Log:
         self.path, self.waiting = folder / "log.jsonl", ""
         if rank() > 0:
             return
-        if resume_at is None:
-            lines = [header]
-        else:  # steps after the checkpoint will be taken again
-            lines = [r for r in read_log(self.path) if r.get("step", 0) <= resume_at] or [header]
-            lines = [r for r in lines if "val_loss_after" not in r]  # the summary of an earlier end
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if resume_at is not None:  # steps after the checkpoint will be taken again
+            kept = 0
+            for record, end in _log_lines(self.path):
+                if record.get("step", 0) > resume_at or "val_loss_after" in record:
+                    break  # the latter is the summary of an earlier end
+                kept = end
+            if kept:
+                os.truncate(self.path, kept)
+                return
+        self.path.write_bytes(b"")
+        self.write(header)
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises OSError, as on a full disk; then the line is written with a later one."""
@@ -533,18 +536,25 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.waiting)
             self.waiting = ""
-        except OSError:
+        except OSError as error:
             os.truncate(self.path, size)  # without half a line
+            error.filename = str(self.path)  # which writing does not know
             raise
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a log; a last line that a crash cut short is left out."""
+    return (record for record, _ in _log_lines(path))
+
+
+def _log_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    end = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for line in file:
+                end += len(line)
                 try:
-                    yield json.loads(line)
+                    yield json.loads(line), end
                 except ValueError:
                     return
     except FileNotFoundError:
@@ -991,8 +1001,9 @@ class Trainer:
             yield
             self.unwritten.pop(what, None)
         except (OSError, CheckpointError) as error:
-            reason = f"{what} cannot be written: {error.strerror}"
-            message = reason if isinstance(error, OSError) else str(error)
+            message = str(error)
+            if isinstance(error, OSError):
+                message = f"{what} cannot be written: {error.strerror}"
             if what not in self.unwritten:
                 tqdm.write(f"step {self.step}: {message}; going on", file=sys.stderr)
             self.unwritten[what] = message
@@ -1076,8 +1087,11 @@ class Trainer:
             self.save()
         for which, handler in handlers.items():
             signal.signal(which, handler)
-        for message in self.unwritten.values():
-            raise UsageError(f"{message}: make room; --resume goes on from the last checkpoint")
+        if self.unwritten:
+            raise UsageError(
+                f"{'; '.join(self.unwritten.values())}: make room, and --resume goes on from the"
+                " last checkpoint"
+            )
         return record
 
 

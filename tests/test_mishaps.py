@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, log_of, same
 
+import data
 import train
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -64,3 +65,113 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(corpus, trained, tmp_path
         assert same(a[key], b[key]), key
     assert losses == losses_b and [step for step, *_ in losses] == list(range(1, 25))
     assert kept == kept_b
+
+
+# ----------------------------------------------------------------------------------------------
+# The disk
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kilobytes): a folder that holds no more."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small disk is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """A file that takes all the room of a disk but for so many bytes."""
+    stuffing = folder / "stuffing"
+    space = os.statvfs(folder)
+    stuffing.write_bytes(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
+    return stuffing
+
+
+def test_a_disk_that_fills_up_costs_no_good_checkpoint(run, corpus, small_disk):
+    out = small_disk(3000) / "o"
+    line = f"train {MODEL} --data {corpus} --save_every 4 --eval_every 4 --out {out}"
+    assert run(f"{line} --steps 4")[0] == 0
+    before = train.load_checkpoint(out / "ckpt.pt", mmap=False)
+    stuffing = fill(out.parent)
+    code, _, err = run(f"train --resume --steps 12 --out {out}")
+    assert code == 2 and err.count("ckpt.pt cannot be written") == 2, err  # once, and at the end
+    assert "it takes 0.5 MB and 0.0 MB are free; going on" in err and "make room" in err
+    assert same(train.load_checkpoint(out / "ckpt.pt", mmap=False), before)
+    steps = [r["step"] for r in log_of(out)[1:]]  # no half line
+    assert steps == list(range(1, len(steps) + 1))
+    stuffing.unlink()
+    assert run(f"train --resume --steps 12 --out {out}")[0] == 0
+    assert [r["step"] for r in log_of(out)[1:]] == list(range(1, 13))
+    assert train.load_checkpoint(out / "ckpt.pt")["step"] == 12
+    assert not [path for path in out.iterdir() if "tmp" in path.name]
+
+
+def test_room_made_while_training_brings_everything_in(run, corpus, small_disk, monkeypatch):
+    out = small_disk(3000) / "o"
+    step, room = train.Trainer.train_step, []
+
+    def fill_and_empty(self, *batch):
+        if self.step == 2:
+            room.append(fill(out.parent))
+        if self.step == 37:  # the log had some room left in its last page
+            room.pop().unlink()
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "train_step", fill_and_empty)
+    line = f"train {MODEL} --data {corpus} --save_every 20 --eval_every 20 --steps 40 --out {out}"
+    code, _, err = run(line)
+    assert code == 0 and "log.jsonl cannot be written: No space left on device; going on" in err
+    assert "ckpt.pt cannot be written" in err and "curves.png cannot be written" in err
+    assert [r["step"] for r in log_of(out)[1:]] == list(range(1, 41))
+    assert train.load_checkpoint(out / "ckpt.pt")["step"] == 40
+
+
+@pytest.mark.parametrize("room", [2_000, 16_000])  # for not even the tokenizer, for no tokens
+def test_a_cache_without_room_is_said_and_leaves_nothing(
+    run, corpus, small_disk, tmp_path, monkeypatch, room
+):
+    cache = small_disk(200)
+    fill(cache, room)
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(cache / "c"))
+    (cache / "c").mkdir()
+    code, _, err = run(f"train {MODEL} --data {corpus} --steps 1 --out {tmp_path}/o")
+    assert code == 2 and "cannot be written (No space left on device)" in err, err
+    assert "DEEPSEEK_CACHE" in err and not list((cache / "c").iterdir())
+
+
+def test_an_adapter_that_finds_no_room(run, trained, small_disk, tmp_path):
+    rows = [{"instruction": f"Where is cat {n}?", "output": f"On mat {n}."} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = small_disk(1000) / "o"
+    line = f"finetune --ckpt {trained} --data {tmp_path}/rows.json --batch_size 4 --out {out}"
+    fill(out.parent, 30_000)
+    code, _, err = run(f"{line} --steps 4 --eval_every 2")
+    assert code == 2 and "adapter_model.safetensors cannot be written" in err, err
+
+
+def test_a_half_written_cache_is_never_read(corpus, tmp_path):
+    cache = tmp_path / "cache"
+    program = (
+        "import os, signal, sys, data; from pathlib import Path; import numpy\n"
+        "data.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"data.prepare({str(corpus)!r}, 320, Path({str(cache)!r}))"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert killed.returncode == -9 and list(cache.glob("*.partial/*/tokenizer.json"))
+    whole = data.prepare(str(corpus), 320, tmp_path / "other")
+    again = data.prepare(str(corpus), 320, cache)
+    assert (again.train.ids == whole.train.ids).all() and len(again.val.ids)
