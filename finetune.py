@@ -322,7 +322,7 @@ def main() -> None:
     parser = make_parser()
     args, typed = parser.parse_args(), parser.explicit()
     check_flags(args, typed)
-    state = open_run(args, typed)
+    state = open_run(args, typed, parser)
     scored = any("val_loss_after" in record for record in read_log(Path(args.out) / "log.jsonl"))
     if state and scored and state["step"] >= (args.steps or math.inf):
         print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")

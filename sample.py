@@ -202,8 +202,8 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
 
 def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path) -> None:
     """Write model and tokenizer so that transformers loads them: config.json, weights,
-    tokenizer.json, tokenizer_config.json, generation_config.json, SHA256SUMS. Raises UsageError where
-    something lies already, CheckpointError for a model that the format cannot express."""
+    tokenizer.json, tokenizer_config.json, generation_config.json; and SHA256SUMS. Raises UsageError
+    where something lies already, CheckpointError for a model that the format cannot express."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "is not empty" if folder.is_dir() else "is a file"
         raise UsageError(f"{folder} {kind}: give another folder")

@@ -60,6 +60,12 @@ from deepseek import (
 )
 
 FORMAT = 2  # of ckpt.pt
+PARTS: dict[str, type] = {  # of ckpt.pt, and what they are
+    **dict.fromkeys(("model", "optimizer", "scaler", "config", "rng", "args", "versions"), dict),
+    **dict.fromkeys(("tokenizer", "text", "dtype"), str),
+    **dict.fromkeys(("step", "tokens"), int),
+    **{"adapters": bool, "best_val_loss": float},
+}
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
 SUMS = "SHA256SUMS"  # of the files of an adapter or an export; `sha256sum -c` reads it, too
@@ -110,6 +116,17 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             action.default = saved[action.dest]
         return typed
+
+    def check(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """The flags of an earlier run, read once more: a damaged one ends as if it were typed."""
+        line = []
+        for action in self._actions:
+            value = stored.get(action.dest)
+            if value is not None and value is not False:
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                dumped = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+                line += [action.option_strings[0], *dumped]
+        return vars(self.parse_args(line))
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -311,6 +328,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bf16 where the hardware computes it (on a CPU a third faster than fp32), fp16 on older
     CUDA cards, otherwise fp32."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype {name!r} is unknown: the checkpoint is damaged")
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise UsageError("dtype float16 needs a CUDA card: use float32 or bfloat16")
@@ -427,8 +446,14 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path} cannot be read: it is damaged or not one") from error
     if not isinstance(state, dict) or state.get("program") != "deepseek.py":
         raise UsageError(f"{path} is not a checkpoint of train.py")
-    if state["format"] != FORMAT:
-        raise UsageError(f"checkpoint {path} has format {state['format']}, this program {FORMAT}")
+    if state.get("format") != FORMAT:
+        was = state.get("format")
+        raise UsageError(f"checkpoint {path} has format {was}, this program {FORMAT}")
+    for name, kind in PARTS.items():
+        value = state.get(name)
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not fits or (kind in (int, float) and not value >= 0):
+            raise UsageError(f"checkpoint {path} is damaged: it has {name} = {str(value)[:50]!r}")
     return state
 
 
@@ -475,11 +500,13 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
         raise UsageError(
             "the checkpoint is of adapters alone: give --ckpt their base and --lora their folder"
         )
+    if unlike := set(state["config"]) ^ set(Config.describe()):
+        raise UsageError(f"the checkpoint's configuration lacks or alone has {sorted(unlike)[0]}")
     with torch.device("meta"):
         model = DeepSeek(Config(**state["config"]))
     try:
         model.load_state_dict(state["model"], assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError("the checkpoint's tensors do not fit its own configuration") from error
     return model.eval()
 
@@ -773,7 +800,7 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
 # ----------------------------------------------------------------------------------------------
 
 
-def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None:
+def open_run(args: argparse.Namespace, typed: set[str], parser: Parser) -> dict[str, Any] | None:
     """Check --out and return the checkpoint to go on from, or None for a new run.
 
     With --resume the stored flags replace args; typed ones may repeat them, and --steps may
@@ -791,6 +818,7 @@ def open_run(args: argparse.Namespace, typed: set[str]) -> dict[str, Any] | None
         if ("ckpt" in stored) != ("ckpt" in vars(args)):
             script = "finetune.py" if "ckpt" in stored else "train.py"
             raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
+        stored = parser.check(stored)
         for name in sorted(typed - {"resume", "out", "log_level", "device", "fsdp"}):
             value, old = getattr(args, name), stored.get(name)
             if name == "steps" and value >= (old or 0):
@@ -858,14 +886,12 @@ class Trainer:
         self.skips, self.crowded = 0, 0  # steps in a row: left out, one expert visited by most
         self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
         if state:
-            self.optimizer.load_state_dict(share_out(self.optimizer, state["optimizer"]))
-            if state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-            self.step, self.tokens = state["step"], state["tokens"]
-            self.best = state["best_val_loss"]
-            torch.set_rng_state(state["rng"]["cpu"])
-            if device.type == "cuda" and state["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+            try:
+                self.take_up(state)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+                raise UsageError(
+                    f"the checkpoint in {self.out} cannot be gone on with: its parts do not fit"
+                ) from error
         elif args.overwrite and rank() == 0:
             for name in RUN_FILES:
                 (self.out / name).unlink(missing_ok=True)
@@ -886,6 +912,17 @@ class Trainer:
         self.log = Log(self.out, header, self.step if state else None)
         if args.compile:
             self.forward = torch.compile(self.forward)
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint was made."""
+        self.optimizer.load_state_dict(share_out(self.optimizer, state["optimizer"]))
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.best = state["best_val_loss"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def save(self, name: str = "ckpt.pt") -> None:
         """All that is needed to go on exactly here, and to sample."""
@@ -1182,7 +1219,7 @@ def main() -> None:
     parser = make_parser()
     args, typed = parser.parse_args(), parser.explicit()
     overrides = config_overrides(args)
-    state = open_run(args, typed)
+    state = open_run(args, typed, parser)
     if state is None:
         choose_recipe(args, overrides)
     elif state["step"] >= (args.steps or math.inf):

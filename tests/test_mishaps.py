@@ -1,8 +1,11 @@
 """What a user's machine, disk, files and typing can do wrong: no run is lost, no text misleads."""
 
 import json
+import math
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +178,163 @@ def test_a_half_written_cache_is_never_read(corpus, tmp_path):
     whole = data.prepare(str(corpus), 320, tmp_path / "other")
     again = data.prepare(str(corpus), 320, cache)
     assert (again.train.ids == whole.train.ids).all() and len(again.val.ids)
+
+
+# ----------------------------------------------------------------------------------------------
+# Files from strangers
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(corpus, trained, tmp_path_factory):
+    """What sample.py reads: name -> (folder, files of it, command line with {} for the folder)."""
+    folder = tmp_path_factory.mktemp("places")
+    shutil.copytree(trained.parent, folder / "run")
+    rows = [{"instruction": f"Where is cat {n}?", "output": f"On mat {n}."} for n in range(60)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    for line in (
+        f"finetune.py --ckpt {trained} --data {folder}/rows.json --steps 2 --out {folder}/lora",
+        f"sample.py --ckpt {trained} --export {folder}/hf",
+    ):
+        command = [sys.executable, *line.split()]
+        environment = os.environ | {"DEEPSEEK_CACHE": cache}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    files = {
+        "run": ["ckpt.pt"],
+        "hf": ["config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"],
+        "lora": ["adapter_config.json", "adapter_model.safetensors", "SHA256SUMS"],
+    }
+    lines = {"run": "{}/ckpt.pt", "hf": "{}", "lora": f"{trained} --lora {{}}"}
+    end = "--prompt The --temperature 0 --max_new_tokens 12 --device cpu"
+    return {n: (folder / n, files[n], f"sample --ckpt {lines[n]} {end}") for n in files}
+
+
+def damaged(content: bytes, rng: random.Random, kind: str) -> bytes:
+    """Cut at a random length, or with one byte changed at a random place."""
+    at = rng.randrange(len(content))
+    if kind == "cut":
+        return content[:at]
+    return content[:at] + bytes([content[at] ^ rng.randrange(1, 256)]) + content[at + 1 :]
+
+
+@sweep(6, 200)
+@pytest.mark.parametrize("kind", ["cut", "changed"])
+@pytest.mark.parametrize("place", ["run", "hf", "lora"])
+def test_a_damaged_file_is_refused_or_does_no_harm(run, places, tmp_path, place, kind, cases):
+    folder, files, line = places[place]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    code, right, err = run(line.format(copy))
+    assert code == 0, err
+    rng = random.Random(f"{place} {kind}")
+    refused = 0
+    for case in range(cases if kind == "changed" else -(-cases // 4)):
+        path = copy / files[case % len(files)]
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, rng, kind))
+        code, out, err = run(line.format(copy))
+        path.write_bytes(content)
+        where = f"{path.name}, case {case}: {code} {out} {err}"
+        assert (code, out) == (0, right) or code == 2, where
+        if code == 2:
+            refused += 1
+            assert err.startswith("sample.py: ") and err.count("\n") == 1, where
+            assert "Traceback" not in err, where
+    assert refused > 0
+
+
+def test_weights_changed_behind_the_seal_are_noticed(run, places, tmp_path):
+    for place, name in (("hf", "model.safetensors"), ("lora", "adapter_model.safetensors")):
+        folder, _, line = places[place]
+        copy = shutil.copytree(folder, tmp_path / place)
+        content = bytearray((copy / name).read_bytes())
+        content[-5] ^= 0x40  # in a number, which no format checks
+        (copy / name).write_bytes(content)
+        code, _, err = run(line.format(copy))
+        assert code == 2 and f"{name} is not what was written" in err
+        (copy / "SHA256SUMS").unlink()
+        assert run(line.format(copy))[0] == 0
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True)
+    assert sums.returncode == 0 and sums.stdout.count(b": OK") == 2
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(run, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = train.load_checkpoint(trained, mmap=False)
+    torch.save({**state, "tokens": Bomb()}, tmp_path / "bomb.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    for name in ("bomb.pt", "plain.pt"):
+        code, _, err = run(f"sample --ckpt {name}")
+        assert code == 2 and "cannot be read" in err
+        assert not Path("exploded").exists()
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert Path("exploded").exists()  # so the bomb is a real one
+
+
+STRANGE = [None, True, -1, 0, 3, 10**9, math.nan, "x", "", [], {}, {"a": 1}, torch.zeros(2)]
+
+
+@sweep(40, 2000)
+def test_a_checkpoint_with_strange_contents_is_refused(run, trained, tmp_path, cases):
+    """A value at a random place of the checkpoint is another one, or is missing."""
+    state = train.load_checkpoint(trained, mmap=False)
+    sample = f"sample --ckpt {tmp_path}/o/ckpt.pt --temperature 0 --max_new_tokens 5"
+    resume = f"train --resume --steps 3 --out {tmp_path}/o"
+    (tmp_path / "o").mkdir()
+    rng = random.Random(1)
+    for case in range(cases):
+        changed = dict(state)
+        key = rng.choice(list(state))
+        value = rng.choice([*STRANGE, "missing"])
+        target, spot = changed, key
+        if isinstance(state[key], dict) and state[key] and rng.random() < 0.7:
+            target, spot = dict(state[key]), rng.choice(list(state[key]))
+            changed[key] = target
+        if isinstance(value, str) and value == "missing":
+            del target[spot]
+        else:
+            target[spot] = value
+        torch.save(changed, tmp_path / "o" / "ckpt.pt")
+        for line in (sample, resume):
+            code, out, err = run(line)
+            what = f"case {case}, {key} {spot} = {value!r}: {line.split()[0]} {code} {err}"
+            assert code in (0, 2) and "Traceback" not in err, what
+            assert code == 0 or len(err.strip().splitlines()) == 1, what
+
+
+@sweep(60, 3000)
+def test_a_config_with_absurd_numbers_is_refused_or_works(run, places, tmp_path, cases):
+    folder, _, line = places["hf"]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "SHA256SUMS").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        10**9,
+        10**30,
+        1e-300,
+        1e300,
+        math.nan,
+        math.inf,
+        "x",
+        [],
+        {},
+    ]
+    rng = random.Random(2)
+    for case in range(cases):
+        name, value = rng.choice(list(config)), rng.choice(values)
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        code, out, err = run(line.format(copy))
+        what = f"case {case}, {name} = {value!r}: {code} {out} {err}"
+        assert code in (0, 2) and "Traceback" not in err, what
+        assert code == 0 or err.count("\n") == 1, what

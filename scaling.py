@@ -1,0 +1,295 @@
+"""
+How the loss falls with size, and what DeepSeek-V2's two ideas are worth at such sizes.
+
+    python scaling.py                              # about two hours on two CPU cores
+    python scaling.py --only tiny,dense            # some of the models
+    python scaling.py --tokens 200000 --seeds 1    # a look
+
+Every model is trained on the built-in stories with the recipe of tiny. What was measured comes as
+scaling.jsonl, a line per evaluation, and as two pictures. A model that is finished is not trained
+again: the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import data
+import train
+from bench import dense_twin, flops_per_token
+from deepseek import Config, DeepSeek, rope_angles, rotate
+from train import Parser, UsageError, number, rounded
+
+EVALUATIONS = 16  # of a model, evenly spread
+
+# ----------------------------------------------------------------------------------------------
+# The models
+# ----------------------------------------------------------------------------------------------
+
+
+class MHA(nn.Module):
+    """Multi-head attention as before MLA: each head has its own keys and values, all turned by
+    RoPE. [B, T, D] -> [B, T, D]. For training alone: there is no cache."""
+
+    def __init__(self, config: Config, head_dim: int):
+        super().__init__()
+        self.config = replace(config, qk_rope_head_dim=head_dim)
+        D, wide = config.hidden_size, config.num_attention_heads * head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, wide, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(wide, D, bias=False)
+        self.start()
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """As `MLA.start_as_copy`: look for what is expected, and copy it."""
+        std, half = self.config.initializer_range, self.config.hidden_size // 2
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            layer.weight.normal_(0.0, std)
+        if self.config.copying_start:
+            for layer in (self.k_proj, self.v_proj):
+                layer.weight[:, half:] = 0
+            look = self.k_proj.weight.roll(half, 1)
+            self.q_proj.weight.copy_(look * (9 * std / look.std()))
+            read = self.v_proj.weight.roll(half, 1)
+            self.o_proj.weight.copy_(read.T * (1.5 * std / read.std()))
+
+    def forward(self, x: Tensor, span, memory: Tensor | None = None) -> Tensor:
+        heads = self.config.num_attention_heads
+        cos, sin = rope_angles(self.config, span.positions)
+        q, k, v = (
+            layer(x).unflatten(-1, (heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )  # 3 x B T H dh
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # B H T dh
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # B T D
+
+
+def with_mha(config: Config, head_dim: int) -> DeepSeek:
+    """The model of a config with MHA in the place of MLA."""
+    model = DeepSeek(config)
+    for layer in model.model.layers:
+        layer.self_attn = MHA(config, head_dim)
+    return model
+
+
+def scaled(config: Config, width: int) -> Config:
+    """A config with all widths in proportion to hidden_size = width; RoPE and heads stay."""
+
+    def fit(n: int) -> int:
+        return max(8, n * width // config.hidden_size // 8 * 8)
+
+    names = ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "intermediate_size")
+    widths = {name: fit(getattr(config, name)) for name in (*names, "moe_intermediate_size")}
+    return replace(config, hidden_size=width, **widths)
+
+
+def dense_of_total(config: Config) -> Config:
+    """The same model without experts, its feed-forward layers so wide that it has as many
+    parameters in all."""
+
+    def total(width: int) -> int:
+        layers = config.num_hidden_layers
+        with torch.device("meta"):
+            dense = replace(config, first_k_dense_replace=layers, intermediate_size=width)
+            return DeepSeek(dense).num_parameters()[0]
+
+    with torch.device("meta"):
+        wanted = DeepSeek(config).num_parameters()[0]
+    width = 1 + round((wanted - total(1)) / (total(2) - total(1)))
+    return replace(config, first_k_dense_replace=config.num_hidden_layers, intermediate_size=width)
+
+
+def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
+    """By name, how each model of the study is made of tiny's config."""
+    c = config
+    # MHA's four matrices are D x H dh; MLA's are counted.
+    with torch.device("meta"):
+        attention = sum(p.numel() for p in DeepSeek(c).model.layers[0].self_attn.parameters())
+    equal_parameters = 2 * round(attention / (8 * c.hidden_size * c.num_attention_heads))
+    equal_cache = c.cache_dim // (2 * c.num_attention_heads)
+    sizes = {"tiny / 4": 4, "tiny / 2": 2, "tiny": 1, "tiny x 3/2": 2 / 3}
+    return {
+        **{
+            name: lambda by=by: DeepSeek(scaled(c, int(c.hidden_size / by)))
+            for name, by in sizes.items()
+        },
+        "dense, active": lambda: DeepSeek(dense_twin(c)),
+        "dense, total": lambda: DeepSeek(dense_of_total(c)),
+        "mha, parameters": lambda: with_mha(c, equal_parameters),
+        "mha, cache": lambda: with_mha(c, equal_cache // 2 * 2),
+    }
+
+
+SIZES = ("tiny / 4", "tiny / 2", "tiny", "tiny x 3/2")
+EXPERTS = ("tiny", "dense, active", "dense, total")
+ATTENTIONS = ("tiny", "mha, parameters", "mha, cache")
+
+# ----------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------
+
+
+def measure(name: str, seed: int, tokens: int, folder: Path, device_name: str) -> list[dict]:
+    """Train a model; a record for each evaluation. The run's own log stays in folder."""
+    parser = train.make_parser()
+    run = parser.parse_args([])
+    run.out, run.seed, run.overwrite, run.log_level = str(folder), seed, True, "quiet"
+    train.choose_recipe(run, {})
+    run.steps = max(EVALUATIONS, tokens // (run.batch_size * run.seq_len))
+    run.minutes, run.eval_every = None, run.steps // EVALUATIONS
+    run.steps = run.eval_every * EVALUATIONS
+    run.warmup = min(run.warmup, run.steps // 10)
+    device = train.choose_device(device_name)
+    dtype = train.choose_dtype("auto", device)
+    train.open_run(run, set(), parser)
+    corpus = data.prepare("stories", run.vocab_size, data.cache_folder(folder))
+    held_out = data.windows(corpus.val, corpus.tokenizer, run.seq_len, 8, run.eval_tokens, True)
+    batches = data.Batches(corpus.train, run.batch_size, run.seq_len, seed)
+    config = train.choose_config(run, {}, corpus.tokenizer)
+    torch.manual_seed(seed)
+    model = make_models(config)[name]()
+    trainer = train.Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
+    trainer.fit(batches.at, lambda: train.evaluate(model, held_out, device, dtype), lambda: "")
+    (folder / "ckpt.pt").unlink()  # the curve is what was wanted
+    total, active = model.num_parameters()
+    attention = model.model.layers[0].self_attn
+    cached = 2 * attention.k_proj.out_features if isinstance(attention, MHA) else config.cache_dim
+    per_token = flops_per_token(model.config, run.seq_len)
+    per_token += 6 * (active - _active(model.config))  # of MHA, which the config does not know
+    seconds, records = 0.0, []
+    for record in itertools.islice(train.read_log(folder / "log.jsonl"), 1, None):
+        seconds += run.batch_size * run.seq_len / record["tok_per_s"]
+        if "val_loss" in record:
+            records.append(
+                {
+                    "model": name, "seed": seed, "total": total, "active": active,
+                    "cached": cached * config.num_hidden_layers, "tokens": record["tokens"],
+                    "flops": rounded(per_token * record["tokens"]), "seconds": rounded(seconds, 4),
+                    "val_loss": record["val_loss"], "floor": rounded(held_out.floor),
+                    "val_recall": record["val_recall"],
+                }
+            )  # fmt: skip
+    return records
+
+
+def _active(config: Config) -> int:
+    with torch.device("meta"):
+        return DeepSeek(config).num_parameters()[1]
+
+
+# ----------------------------------------------------------------------------------------------
+# What is made of it
+# ----------------------------------------------------------------------------------------------
+
+
+def curve(records: list[dict[str, Any]], name: str, over: str) -> tuple[list, list]:
+    """The means over the seeds of `over` and of the loss above the floor."""
+    points: dict[int, list[tuple[float, float]]] = {}
+    for r in records:
+        if r["model"] == name:
+            points.setdefault(r["tokens"], []).append((r[over], r["val_loss"] - r["floor"]))
+    means = [
+        [statistics.mean(xs) for xs in zip(*p, strict=True)] for _, p in sorted(points.items())
+    ]
+    return [x for x, _ in means], [y for _, y in means]
+
+
+def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], target: Path) -> None:
+    """A picture with a panel for each (title, models, x)."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 4), sharey=True, layout="constrained"
+    )
+    for axis, (title, names, over) in zip(axes, panels, strict=True):
+        for i, name in enumerate(names):
+            some = [r for r in records if r["model"] == name]
+            if some:
+                r = some[0]
+                label = f"{name}: {r['total'] / 1e6:.1f}M, {r['active'] / 1e6:.2f}M active"
+                label += f", {r['cached']} cached" if "mha, cache" in names else ""
+                axis.plot(*curve(records, name, over), "-o", ms=3, color=f"C{i}", label=label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(labels[over])
+        axis.set_title(title)
+        axis.legend(frameon=False, fontsize="x-small")
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("held-out loss above the floor (nats per token)")
+    fig.savefig(target, dpi=110)
+    plt.close(fig)
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """Each model at its end: mean, and lowest and highest over the seeds."""
+    print(f"{'model':<16}  total  active cached PFLOPs  min  above the floor     recalled")
+    for name in dict.fromkeys(r["model"] for r in records):
+        last = max(r["tokens"] for r in records if r["model"] == name)
+        ends = [r for r in records if r["model"] == name and r["tokens"] == last]
+        above = [r["val_loss"] - r["floor"] for r in ends]
+        end = {k: statistics.mean(r[k] for r in ends) for k in ("flops", "seconds", "val_recall")}
+        print(
+            f"{name:<16}{ends[0]['total'] / 1e6:6.2f}M {ends[0]['active'] / 1e6:6.2f}M"
+            f" {ends[0]['cached']:6} {end['flops'] / 1e15:6.1f} {end['seconds'] / 60:4.1f} "
+            f" {statistics.mean(above):.3f} ({min(above):.3f}-{max(above):.3f})"
+            f"  {end['val_recall']:.0%}"
+        )
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    names = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
+    add("--only", help=f"some of {';'.join(names)}, with ; between (default: all)")
+    add("--tokens", type=number(int, 2048), default=2_000_000, help="of each (default: 2000000)")
+    add("--seeds", type=number(int, 1), default=2, help="runs of each model (default: 2)")
+    add("--out", default="out/scaling", help="folder of what it leaves (default: out/scaling)")
+    add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
+    args = parser.parse_args()
+    chosen = args.only.split(";") if args.only else names
+    for name in chosen:
+        if name not in names:
+            raise UsageError(f"--only {name!r} is no model: choose from {'; '.join(names)}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "scaling.jsonl"
+    records = list(train.read_log(file))
+    for seed, name in itertools.product(range(args.seeds), chosen):
+        if any(r["model"] == name and r["seed"] == seed for r in records):
+            continue
+        folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
+        new = measure(name, seed, args.tokens, folder, args.device)
+        with open(file, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(r) + "\n" for r in new))
+        records += new
+        end = new[-1]
+        print(
+            f"{name}, seed {seed}: {end['val_loss']:.4f} nats per token after"
+            f" {end['seconds'] / 60:.1f} minutes",
+            flush=True,
+        )
+    print_table(records)
+    sizes = [("size", SIZES, over) for over in ("tokens", "flops", "seconds")]
+    draw(records, sizes, out / "sizes.png")
+    ideas = [("experts or not", EXPERTS, "tokens"), ("experts or not", EXPERTS, "seconds")]
+    ideas += [("MLA or MHA", ATTENTIONS, "tokens")]
+    draw(records, ideas, out / "ideas.png")
+    print(f"writes scaling.jsonl, sizes.png, ideas.png in {out}")
+
+
+if __name__ == "__main__":
+    train.run_script(main)
