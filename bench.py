@@ -29,7 +29,16 @@ import torch
 from torch import Tensor
 
 from deepseek import Config, DeepSeek
-from train import Parser, autocast, choose_device, choose_dtype, make_optimizer, number, run_script
+from train import (
+    Parser,
+    UsageError,
+    autocast,
+    choose_device,
+    choose_dtype,
+    make_optimizer,
+    number,
+    run_script,
+)
 
 TRAINING = dict(batch=8, length=256)  # of tiny, as train.py trains it
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -322,11 +331,13 @@ def cache(device: torch.device, rounds: int) -> Iterator[Line]:
 def peak_memory() -> int:
     """Bytes that this process has taken at most."""
     try:  # what getrusage says on Linux counts the parent's memory in
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     except (OSError, IndexError):
-        import resource  # not on Windows
-
+        try:
+            import resource
+        except ImportError as error:
+            raise UsageError("the part memory needs Linux or macOS: leave it out") from error
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)
 
@@ -430,7 +441,7 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(li.partition(":")[2].strip() for li in lines if li.startswith("model name"))
     except (OSError, StopIteration):
         name = device.type

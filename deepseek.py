@@ -833,7 +833,8 @@ def sample(
     if top_p is not None:
         probs, ids = logits.softmax(-1).sort(-1, descending=True)
         before = probs.cumsum(-1) - probs  # the probability of all that rank higher
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
+        outside = before >= max(top_p, 1e-6)  # less would be zero in fp32, and leave nobody
+        drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 

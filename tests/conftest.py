@@ -118,8 +118,8 @@ def trained(corpus, tmp_path_factory):
 def run(monkeypatch, capsys):
     """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
 
-    def run(line: str):
-        name, *arguments = line.split()
+    def run(line: str | list[str]):
+        name, *arguments = line.split() if isinstance(line, str) else line
         script = {"train": train, "finetune": finetune, "sample": sample, "bench": bench}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0

@@ -1,5 +1,7 @@
 """What a user's machine, disk, files and typing can do wrong: no run is lost, no text misleads."""
 
+import ast
+import io
 import json
 import math
 import os
@@ -12,9 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, log_of, same
+from conftest import MODEL, ROOT, log_of, random_model, same, small
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data
+import finetune
+import sample
 import train
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -338,3 +344,174 @@ def test_a_config_with_absurd_numbers_is_refused_or_works(run, places, tmp_path,
         what = f"case {case}, {name} = {value!r}: {code} {out} {err}"
         assert code in (0, 2) and "Traceback" not in err, what
         assert code == 0 or err.count("\n") == 1, what
+
+
+# ----------------------------------------------------------------------------------------------
+# Typing
+# ----------------------------------------------------------------------------------------------
+
+WORDS = st.one_of(
+    st.integers(-3, 300).map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["", "0", "1", "1e9", "-1", "none", "true", "auto", "cpu", "tiny", "stories:1"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+)
+
+
+def flags_of(parser, leave_out=()) -> st.SearchStrategy[list[str]]:
+    """Some of a parser's flags, with values that may fit or not."""
+    flags = []
+    for action in parser._actions:
+        if not action.option_strings or action.dest in {"help", *leave_out}:
+            continue
+        value = st.sampled_from(action.choices) | WORDS if action.choices else WORDS
+        name = action.option_strings[0]
+        one = st.just([name]) if action.nargs == 0 else value.map(lambda v, n=name: [f"{n}={v}"])
+        flags.append(one)
+    return st.lists(st.one_of(flags), max_size=3).map(lambda some: [f for one in some for f in one])
+
+
+# Of training: what would take long, or read the whole disk
+LEFT_OUT = ["out", "compile", "steps", "minutes", "low_memory", "device", "data", "ckpt"]
+LEFT_OUT += ["num_hidden_layers"]
+
+
+def check_end(code, err, line) -> None:
+    assert code in (0, 2) and "Traceback" not in err, (line, code, err)
+    assert code == 0 or err.strip(), line
+
+
+FUZZ = [30, pytest.param(1000, marks=SWEEP)]
+QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+
+@pytest.mark.parametrize("cases", FUZZ)
+def test_sample_takes_or_refuses_any_flags(run, trained, tmp_path, monkeypatch, cases):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+
+    @settings(max_examples=cases, derandomize=True, **QUIET)
+    @given(flags_of(sample.make_parser(), ["ckpt", "device", "num_samples", "check"]))
+    def fuzz(flags):
+        line = ["sample", "--ckpt", str(trained), "--max_new_tokens=3", *flags]
+        check_end(*run(line)[::2], line)
+
+    fuzz()
+
+
+@pytest.mark.parametrize("cases", FUZZ)
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_training_takes_or_refuses_any_flags(
+    run, corpus, trained, tmp_path, monkeypatch, script, cases
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Where is cat {n}?", "output": f"On mat {n}."} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    begin = {
+        "train": ["train", *MODEL.split(), "--data", str(corpus)],
+        "finetune": ["finetune", "--ckpt", str(trained), "--data", "rows.json"],
+    }[script]
+    parser = {"train": train, "finetune": finetune}[script].make_parser()
+
+    @settings(max_examples=cases, derandomize=True, **QUIET)
+    @given(flags_of(parser, LEFT_OUT))
+    def fuzz(flags):
+        line = [*begin, "--out", "o", "--overwrite", "--steps", "2", *flags]
+        check_end(*run(line)[::2], line)
+
+    fuzz()
+
+
+@settings(max_examples=100, derandomize=True, **QUIET)
+@given(
+    st.lists(st.integers(0, 95), max_size=140),
+    st.integers(-2, 140),
+    st.floats(0, 1e6) | st.just(math.nan),
+    st.integers(-1, 200) | st.none(),
+    st.floats(-0.5, 1.5) | st.none(),
+)
+def test_generate_takes_or_refuses_any_arguments(prompt, n, temperature, top_k, top_p):
+    model = random_model(small())
+    generator = torch.Generator().manual_seed(0)
+    try:
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        tokens = list(model.generate([prompt], n, **how))
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) > 10
+    else:
+        assert len(prompt) and 0 <= len(tokens) <= n
+        assert all(0 <= int(token) < 96 for token in tokens)
+
+
+def test_a_prompt_as_long_as_the_context(run, trained):
+    full = ["sample", "--ckpt", str(trained), "--prompt", "a" * 31]  # and bos
+    assert run(full)[0] == 2 and "shorten the prompt" in run(full)[2]
+    assert run([*full[:-1], "a" * 30])[0] == 0
+    assert run([*full[:-1], ""])[0] == 0
+
+
+@settings(max_examples=200, derandomize=True, **QUIET)
+@given(st.text() | st.sampled_from([data.BOS, data.EOS, f"x{data.EOS}y", "a\0b", "a" * 100_000]))
+def test_what_a_user_types_never_becomes_a_special_token(trained, text):
+    tokenizer = data.load_tokenizer(train.load_checkpoint(trained)["tokenizer"])
+    specials = {tokenizer.token_to_id(data.BOS), tokenizer.token_to_id(data.EOS)}
+    ids = data.dialogue(tokenizer, [(text, None)])
+    assert ids[0] in specials and not specials & set(ids[1:])
+    assert tokenizer.decode(ids) == data.TEMPLATE.format(question=text)
+
+
+# ----------------------------------------------------------------------------------------------
+# Platforms
+# ----------------------------------------------------------------------------------------------
+
+PROGRAMS = sorted(path for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_is_valid_python_3_10(path):
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_nothing_depends_on_unix():
+    """No module that other systems lack (but for one that bench.py tries), and no fork."""
+    unix = {"fcntl", "pwd", "grp", "termios", "pty", "tty", "posix", "syslog"}
+    for path in PROGRAMS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            assert not unix & set(names), f"{path.name} line {node.lineno}"
+            assert getattr(node, "attr", "") != "fork", f"{path.name} line {node.lineno}"
+
+
+def test_no_home_no_network_a_poor_console_and_a_checkout_that_cannot_be_written(corpus, tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    command = ["mount", "--bind", "-o", "ro", str(ROOT), str(checkout)]
+    mounted = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
+    place = checkout if mounted else ROOT
+    nowhere = {"HOME": "/proc/nowhere", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    console = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    environment = {k: v for k, v in os.environ.items() if k != "DEEPSEEK_CACHE"}
+    environment |= nowhere | console | {"PYTHONWARNDEFAULTENCODING": "1"}
+    strict = [f"-Werror::EncodingWarning:{p.stem}" for p in PROGRAMS]
+    strict += ["-Werror::EncodingWarning:__main__"]
+    out = tmp_path / "o u t"
+    try:
+        for line in (
+            ["train.py", *MODEL.split(), "--data", str(corpus), "--steps", "2", "--out", str(out)],
+            ["sample.py", "--ckpt", str(out / "ckpt.pt"), "--prompt", "The"],
+            ["sample.py", "--ckpt", str(out / "ckpt.pt"), "--export", str(out / "hf")],
+        ):
+            program = [sys.executable, *strict, str(place / line[0]), *line[1:]]
+            done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True)
+            assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+            done.stdout.decode("ascii")
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(checkout)], check=True)
+    assert (out / "cache").is_dir()  # the fallback where there is no home
