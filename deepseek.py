@@ -83,12 +83,12 @@ YARN_V2 = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vocab_size=4096, hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
         q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
-        v_head_dim=48, intermediate_size=512, moe_intermediate_size=64, n_routed_experts=32,
-        num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy",
+        v_head_dim=48, intermediate_size=512, moe_intermediate_size=96, n_routed_experts=16,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, topk_method="greedy",
         routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
-        max_position_embeddings=256, rope_scaling=None, initializer_range=0.04,
+        max_position_embeddings=256, rope_theta=100.0, rope_scaling=None, initializer_range=0.04,
         copying_start=0.4, bos_token_id=0, eos_token_id=1,
     ),
     "small": dict(
