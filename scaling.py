@@ -2,7 +2,7 @@
 How the loss falls with size, and what DeepSeek-V2's two ideas are worth at such sizes.
 
     python scaling.py                              # about two hours on two CPU cores
-    python scaling.py --only tiny,dense            # some of the models
+    python scaling.py --only tiny,mha-cache        # some of the models
     python scaling.py --tokens 200000 --seeds 1    # a look
 
 Every model is trained on the built-in stories with the recipe of tiny. What was measured comes as
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +44,8 @@ class MHA(nn.Module):
 
     def __init__(self, config: Config, head_dim: int):
         super().__init__()
-        self.config = replace(config, qk_rope_head_dim=head_dim)
+        # All channels are turned, so slow pairs are needed for what has no position.
+        self.config = replace(config, qk_rope_head_dim=head_dim, rope_theta=10000.0)
         D, wide = config.hidden_size, config.num_attention_heads * head_dim
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, wide, bias=False) for _ in range(3))
         self.o_proj = nn.Linear(wide, D, bias=False)
@@ -117,22 +119,22 @@ def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
         attention = sum(p.numel() for p in DeepSeek(c).model.layers[0].self_attn.parameters())
     equal_parameters = 2 * round(attention / (8 * c.hidden_size * c.num_attention_heads))
     equal_cache = c.cache_dim // (2 * c.num_attention_heads)
-    sizes = {"tiny / 4": 4, "tiny / 2": 2, "tiny": 1, "tiny x 3/2": 2 / 3}
+    sizes = {"tiny/4": 4, "tiny/2": 2, "tiny": 1, "tiny*1.5": 2 / 3}
     return {
         **{
             name: lambda by=by: DeepSeek(scaled(c, int(c.hidden_size / by)))
             for name, by in sizes.items()
         },
-        "dense, active": lambda: DeepSeek(dense_twin(c)),
-        "dense, total": lambda: DeepSeek(dense_of_total(c)),
-        "mha, parameters": lambda: with_mha(c, equal_parameters),
-        "mha, cache": lambda: with_mha(c, equal_cache // 2 * 2),
+        "dense-active": lambda: DeepSeek(dense_twin(c)),
+        "dense-total": lambda: DeepSeek(dense_of_total(c)),
+        "mha-parameters": lambda: with_mha(c, equal_parameters),
+        "mha-cache": lambda: with_mha(c, equal_cache // 2 * 2),
     }
 
 
-SIZES = ("tiny / 4", "tiny / 2", "tiny", "tiny x 3/2")
-EXPERTS = ("tiny", "dense, active", "dense, total")
-ATTENTIONS = ("tiny", "mha, parameters", "mha, cache")
+SIZES = ("tiny/4", "tiny/2", "tiny", "tiny*1.5")
+EXPERTS = ("tiny", "dense-active", "dense-total")
+ATTENTIONS = ("tiny", "mha-parameters", "mha-cache")
 
 # ----------------------------------------------------------------------------------------------
 # Training
@@ -145,6 +147,7 @@ def measure(name: str, seed: int, tokens: int, folder: Path, device_name: str) -
     run = parser.parse_args([])
     run.out, run.seed, run.overwrite, run.log_level = str(folder), seed, True, "quiet"
     train.choose_recipe(run, {})
+    run.eval_tokens = 20_000
     run.steps = max(EVALUATIONS, tokens // (run.batch_size * run.seq_len))
     run.minutes, run.eval_every = None, run.steps // EVALUATIONS
     run.steps = run.eval_every * EVALUATIONS
@@ -163,7 +166,9 @@ def measure(name: str, seed: int, tokens: int, folder: Path, device_name: str) -
     (folder / "ckpt.pt").unlink()  # the curve is what was wanted
     total, active = model.num_parameters()
     attention = model.model.layers[0].self_attn
-    cached = 2 * attention.k_proj.out_features if isinstance(attention, MHA) else config.cache_dim
+    cached = (
+        2 * attention.k_proj.out_features if isinstance(attention, MHA) else model.config.cache_dim
+    )
     per_token = flops_per_token(model.config, run.seq_len)
     per_token += 6 * (active - _active(model.config))  # of MHA, which the config does not know
     seconds, records = 0.0, []
@@ -221,7 +226,7 @@ def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], ta
             if some:
                 r = some[0]
                 label = f"{name}: {r['total'] / 1e6:.1f}M, {r['active'] / 1e6:.2f}M active"
-                label += f", {r['cached']} cached" if "mha, cache" in names else ""
+                label += f", {r['cached']} cached" if "mha-cache" in names else ""
                 axis.plot(*curve(records, name, over), "-o", ms=3, color=f"C{i}", label=label)
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -254,16 +259,16 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     names = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
-    add("--only", help=f"some of {';'.join(names)}, with ; between (default: all)")
+    add("--only", help=f"some of {','.join(names)} (default: all)")
     add("--tokens", type=number(int, 2048), default=2_000_000, help="of each (default: 2000000)")
     add("--seeds", type=number(int, 1), default=2, help="runs of each model (default: 2)")
     add("--out", default="out/scaling", help="folder of what it leaves (default: out/scaling)")
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
     args = parser.parse_args()
-    chosen = args.only.split(";") if args.only else names
+    chosen = args.only.split(",") if args.only else names
     for name in chosen:
         if name not in names:
-            raise UsageError(f"--only {name!r} is no model: choose from {'; '.join(names)}")
+            raise UsageError(f"--only {name!r} is no model: choose from {','.join(names)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "scaling.jsonl"
@@ -271,7 +276,7 @@ def main() -> None:
     for seed, name in itertools.product(range(args.seeds), chosen):
         if any(r["model"] == name and r["seed"] == seed for r in records):
             continue
-        folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
+        folder = out / f"{re.sub('[/*]', '-', name)}-{seed}"
         new = measure(name, seed, args.tokens, folder, args.device)
         with open(file, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(r) + "\n" for r in new))
