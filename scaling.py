@@ -12,6 +12,7 @@ again: the same command goes on where it was interrupted.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -141,21 +142,21 @@ ATTENTIONS = ("tiny", "mha-parameters", "mha-cache")
 # ----------------------------------------------------------------------------------------------
 
 
-def measure(name: str, seed: int, tokens: int, folder: Path, device_name: str) -> list[dict]:
+def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train a model; a record for each evaluation. The run's own log stays in folder."""
     parser = train.make_parser()
-    run = parser.parse_args([])
+    run = parser.parse_args(["--data", args.data, "--device", args.device])
     run.out, run.seed, run.overwrite, run.log_level = str(folder), seed, True, "quiet"
     train.choose_recipe(run, {})
     run.eval_tokens = 20_000
-    run.steps = max(EVALUATIONS, tokens // (run.batch_size * run.seq_len))
+    run.steps = max(EVALUATIONS, args.tokens // (run.batch_size * run.seq_len))
     run.minutes, run.eval_every = None, run.steps // EVALUATIONS
     run.steps = run.eval_every * EVALUATIONS
     run.warmup = min(run.warmup, run.steps // 10)
-    device = train.choose_device(device_name)
+    device = train.choose_device(run.device)
     dtype = train.choose_dtype("auto", device)
     train.open_run(run, set(), parser)
-    corpus = data.prepare("stories", run.vocab_size, data.cache_folder(folder))
+    corpus = data.prepare(run.data, run.vocab_size, data.cache_folder(folder))
     held_out = data.windows(corpus.val, corpus.tokenizer, run.seq_len, 8, run.eval_tokens, True)
     batches = data.Batches(corpus.train, run.batch_size, run.seq_len, seed)
     config = train.choose_config(run, {}, corpus.tokenizer)
@@ -232,7 +233,8 @@ def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], ta
         axis.set_yscale("log")
         axis.set_xlabel(labels[over])
         axis.set_title(title)
-        axis.legend(frameon=False, fontsize="x-small")
+        if axis.has_data():
+            axis.legend(frameon=False, fontsize="x-small")
         axis.grid(alpha=0.2)
     axes[0].set_ylabel("held-out loss above the floor (nats per token)")
     fig.savefig(target, dpi=110)
@@ -261,6 +263,7 @@ def main() -> None:
     names = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
     add("--only", help=f"some of {','.join(names)} (default: all)")
     add("--tokens", type=number(int, 2048), default=2_000_000, help="of each (default: 2000000)")
+    add("--data", default="stories", help="or stories:N, N of them (default: stories)")
     add("--seeds", type=number(int, 1), default=2, help="runs of each model (default: 2)")
     add("--out", default="out/scaling", help="folder of what it leaves (default: out/scaling)")
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
@@ -269,6 +272,10 @@ def main() -> None:
     for name in chosen:
         if name not in names:
             raise UsageError(f"--only {name!r} is no model: choose from {','.join(names)}")
+    if args.data.partition(":")[0] != "stories":
+        raise UsageError(
+            f"--data {args.data!r} must be stories or stories:N: only they have a floor"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "scaling.jsonl"
@@ -277,7 +284,7 @@ def main() -> None:
         if any(r["model"] == name and r["seed"] == seed for r in records):
             continue
         folder = out / f"{re.sub('[/*]', '-', name)}-{seed}"
-        new = measure(name, seed, args.tokens, folder, args.device)
+        new = measure(name, seed, folder, args)
         with open(file, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(r) + "\n" for r in new))
         records += new

@@ -554,11 +554,10 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises OSError, as on a full disk; then the line is written with a later one."""
-        self.waiting += json.dumps(record) + "\n"
         if rank() > 0:
-            self.waiting = ""
             return
-        size = self.path.stat().st_size
+        self.waiting += json.dumps(record) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.waiting)
@@ -581,9 +580,12 @@ def _log_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             for line in file:
                 end += len(line)
                 try:
-                    yield json.loads(line), end
+                    record = json.loads(line)
                 except ValueError:
                     return
+                if not line.endswith(b"\n"):
+                    return
+                yield record, end
     except FileNotFoundError:
         return
 

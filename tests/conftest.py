@@ -13,6 +13,7 @@ import bench
 import data
 import finetune
 import sample
+import scaling
 import train
 from deepseek import YARN_V2, Config, DeepSeek
 
@@ -120,7 +121,7 @@ def run(monkeypatch, capsys):
 
     def run(line: str | list[str]):
         name, *arguments = line.split() if isinstance(line, str) else line
-        script = {"train": train, "finetune": finetune, "sample": sample, "bench": bench}[name]
+        script = {m.__name__: m for m in (train, finetune, sample, bench, scaling)}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:
