@@ -360,6 +360,7 @@ def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) 
 
 def memory(device: torch.device, rounds: int) -> Iterator[Line]:
     """The peak of a training step of one row, in a process of its own."""
+    peak_memory()  # where nobody tells, say so now
     length = 1024 if device.type == "cuda" else 256
     spawn = multiprocessing.get_context("spawn")
     for size, low in (("tiny", False), ("small", False), ("1b", False), ("1b", True)):

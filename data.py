@@ -115,6 +115,9 @@ def built_beside(target: Path, folder: bool = False) -> Iterator[Path]:
         if folder:
             partial.mkdir()
         yield partial
+        for path in partial.iterdir() if folder else [partial]:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())  # so that not even a power cut leaves it half written
         try:
             os.rename(partial, target)
         except OSError:  # another process was faster

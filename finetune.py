@@ -377,7 +377,10 @@ def main() -> None:
     # 4. How good is it before? (Adapters begin at zero: this is the base.) Then train
     before = measure(model, tokenizer, lesson, device, dtype)
     if state:
-        model.load_state_dict(state["model"], strict=args.full)
+        try:
+            model.load_state_dict(state["model"], strict=args.full)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(f"the checkpoint in {args.out} does not fit its base") from error
     trainer = Trainer(args, model, tokenizer, digest, device, dtype, state, {"text": lesson.about})
     del state  # its tensors are in use now, or not needed
     trainer.fit(

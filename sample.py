@@ -184,8 +184,8 @@ def check(model, tokenizer, args, prompt: list[int], generator: torch.Generator)
     while left:
         rows = min(left, 50)
         stream = write(model, tokenizer, args, [prompt] * rows, generator)
-        for row in torch.stack(list(stream), 1).tolist():  # rows n
-            text = (args.prompt or "") + tokenizer.decode(row)  # without the special tokens
+        for row in zip(*(token.tolist() for token in stream), strict=True):
+            text = (args.prompt or "") + tokenizer.decode(list(row))  # without the special tokens
             try:
                 parse(text)
                 valid += 1

@@ -5,9 +5,11 @@ How the loss falls with size, and what DeepSeek-V2's two ideas are worth at such
     python scaling.py --only tiny,mha-cache        # some of the models
     python scaling.py --tokens 200000 --seeds 1    # a look
 
-Every model is trained on the built-in stories with the recipe of tiny. What was measured comes as
-scaling.jsonl, a line per evaluation, and as two pictures. A model that is finished is not trained
-again: the same command goes on where it was interrupted.
+Every model is trained on the built-in stories with the recipe of tiny, its learning rate falling to
+zero over the run: only ends of curves are results, and a rival might do better at another rate.
+"cached" counts numbers per token over all layers. What was measured comes as scaling.jsonl, a line
+per evaluation, and as two pictures. A model that is finished is not trained again: the same command
+goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import re
 import statistics
 from collections.abc import Callable
@@ -164,6 +168,8 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
     model = make_models(config)[name]()
     trainer = train.Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
     trainer.fit(batches.at, lambda: train.evaluate(model, held_out, device, dtype), lambda: "")
+    if trainer.stop:  # Ctrl-C: what is half done is not counted
+        raise KeyboardInterrupt
     (folder / "ckpt.pt").unlink()  # the curve is what was wanted
     total, active = model.num_parameters()
     attention = model.model.layers[0].self_attn
@@ -171,14 +177,20 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
         2 * attention.k_proj.out_features if isinstance(attention, MHA) else model.config.cache_dim
     )
     per_token = flops_per_token(model.config, run.seq_len)
-    per_token += 6 * (active - _active(model.config))  # of MHA, which the config does not know
+    if isinstance(attention, MHA):  # which the config does not know
+        with torch.device("meta"):
+            counted = DeepSeek(model.config).num_parameters()[1]
+        heads_mla = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+        pairs = 3 * config.num_hidden_layers * 2 * run.seq_len / 2
+        per_token += 6 * (active - counted) + pairs * (cached - heads_mla)
     seconds, records = 0.0, []
     for record in itertools.islice(train.read_log(folder / "log.jsonl"), 1, None):
-        seconds += run.batch_size * run.seq_len / record["tok_per_s"]
+        seconds += run.batch_size * run.seq_len / record.get("tok_per_s", math.inf)  # left out
         if "val_loss" in record:
             records.append(
                 {
-                    "model": name, "seed": seed, "total": total, "active": active,
+                    "model": name, "seed": seed, "run": [args.data, args.tokens],
+                    "total": total, "active": active,
                     "cached": cached * config.num_hidden_layers, "tokens": record["tokens"],
                     "flops": rounded(per_token * record["tokens"]), "seconds": rounded(seconds, 4),
                     "val_loss": record["val_loss"], "floor": rounded(held_out.floor),
@@ -186,11 +198,6 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
                 }
             )  # fmt: skip
     return records
-
-
-def _active(config: Config) -> int:
-    with torch.device("meta"):
-        return DeepSeek(config).num_parameters()[1]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], ta
 
 def print_table(records: list[dict[str, Any]]) -> None:
     """Each model at its end: mean, and lowest and highest over the seeds."""
-    print(f"{'model':<16}  total  active cached PFLOPs  min  above the floor     recalled")
+    print(f"{'model':<16}  total  active cached TFLOPs  min  above the floor     recalled")
     for name in dict.fromkeys(r["model"] for r in records):
         last = max(r["tokens"] for r in records if r["model"] == name)
         ends = [r for r in records if r["model"] == name and r["tokens"] == last]
@@ -251,7 +258,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
         end = {k: statistics.mean(r[k] for r in ends) for k in ("flops", "seconds", "val_recall")}
         print(
             f"{name:<16}{ends[0]['total'] / 1e6:6.2f}M {ends[0]['active'] / 1e6:6.2f}M"
-            f" {ends[0]['cached']:6} {end['flops'] / 1e15:6.1f} {end['seconds'] / 60:4.1f} "
+            f" {ends[0]['cached']:6} {end['flops'] / 1e12:6.0f} {end['seconds'] / 60:4.1f} "
             f" {statistics.mean(above):.3f} ({min(above):.3f}-{max(above):.3f})"
             f"  {end['val_recall']:.0%}"
         )
@@ -279,15 +286,18 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "scaling.jsonl"
-    records = list(train.read_log(file))
+    known = list(train.read_log(file))
+    others = [r for r in known if r["run"] != [args.data, args.tokens]]  # kept, but not drawn
+    records = [r for r in known if r not in others]
     for seed, name in itertools.product(range(args.seeds), chosen):
         if any(r["model"] == name and r["seed"] == seed for r in records):
             continue
         folder = out / f"{re.sub('[/*]', '-', name)}-{seed}"
         new = measure(name, seed, folder, args)
-        with open(file, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in new))
         records += new
+        whole = "".join(json.dumps(r) + "\n" for r in others + records)
+        file.with_suffix(".tmp").write_text(whole, encoding="utf-8")
+        os.replace(file.with_suffix(".tmp"), file)
         end = new[-1]
         print(
             f"{name}, seed {seed}: {end['val_loss']:.4f} nats per token after"

@@ -66,6 +66,7 @@ PARTS: dict[str, type] = {  # of ckpt.pt, and what they are
     **dict.fromkeys(("step", "tokens"), int),
     **{"adapters": bool, "best_val_loss": float},
 }
+BEST = "the best so far"  # what `keep` of a trainer writes
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
 SUMS = "SHA256SUMS"  # of the files of an adapter or an export; `sha256sum -c` reads it, too
@@ -118,20 +119,23 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def check(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """The flags of an earlier run, read once more: a damaged one ends as if it were typed."""
+        """The stored flags of an earlier run, read as if they were typed once more."""
         line = []
         for action in self._actions:
-            value = stored.get(action.dest)
-            if value is not None and value is not False:
-                values = value if isinstance(value, list) else [] if value is True else [value]
-                dumped = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-                line += [action.option_strings[0], *dumped]
+            value, name = stored.get(action.dest), action.option_strings[0]
+            if action.nargs == 0:
+                line += [name] if value else []
+            elif isinstance(value, list):
+                line += [name, *map(str, value)]
+            elif value is not None:
+                plain = isinstance(value, (bool, dict))  # as they are typed: true, {"a": 1}
+                line.append(f"{name}={json.dumps(value) if plain else value}")
         return vars(self.parse_args(line))
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(), turning what a user can mend into one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # consoles that cannot show a letter show a '?'
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a console cannot say becomes a '?'
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
@@ -148,9 +152,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a disk that is full, failing, or not to be written to
-        where = error.filename or "a file"
-        print(f"{Path(sys.argv[0]).name}: {where}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, torch.OutOfMemoryError) as error:  # a disk or a card that is full, or fails
+        what = str(error).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -403,8 +407,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is what torch makes of a full disk
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # the others are what torch makes of a full disk
         needed = sum(t.nbytes for t in tree_leaves(state) if isinstance(t, Tensor))
         free = shutil.disk_usage(path.parent).free
         reason = getattr(error, "strerror", None) or "the disk is full or failing"
@@ -415,7 +421,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """A checkpoint of train.py; with mmap its tensors stay on disk until they are used.
+    """A checkpoint of train.py, read once to compare its sums; with mmap its tensors then stay on
+    disk until they are used.
 
     Raises UsageError.
     """
@@ -443,7 +450,10 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     except ImportError as error:
         raise UsageError(f"checkpoint {path} needs torchao: pip install torchao") from error
     except Exception as error:  # torch, zipfile and pickle each raise their own
-        raise UsageError(f"checkpoint {path} cannot be read: it is damaged or not one") from error
+        kind = type(error).__name__
+        raise UsageError(
+            f"checkpoint {path} cannot be read: it is damaged or not one ({kind})"
+        ) from error
     if not isinstance(state, dict) or state.get("program") != "deepseek.py":
         raise UsageError(f"{path} is not a checkpoint of train.py")
     if state.get("format") != FORMAT:
@@ -472,8 +482,11 @@ def sealing(folder: Path, pattern: str = "*") -> Iterator[None]:
     ones removed first, so that a process that is ended in between leaves none that are wrong."""
     (folder / SUMS).unlink(missing_ok=True)
     yield
-    lines = [f"{file_sum(path)}  {path.name}\n" for path in sorted(folder.glob(pattern))]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    lines = [f"{file_sum(path)}  {path.name}\n" for path in files]
+    temporary = folder / f"{SUMS}.tmp"
+    temporary.write_bytes("".join(lines).encode())
+    os.replace(temporary, folder / SUMS)
 
 
 def check_seal(folder: str | Path) -> None:
@@ -486,12 +499,26 @@ def check_seal(folder: str | Path) -> None:
         lines = sums.read_text(encoding="utf-8").splitlines() if sums.exists() else []
         wrong = [line for line in lines if file_sum(sums.with_name(line[66:])) != line[:64]]
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{sums} cannot be compared with its folder ({error})") from error
+        raise CheckpointError(
+            f"{sums} cannot be compared with its folder ({error}): fetch it again, or remove it"
+        ) from error
     if wrong:
         raise CheckpointError(
             f"{sums.with_name(wrong[0][66:])} is not what was written: fetch or write it again, or,"
             f" if you have changed it, remove {SUMS}"
         )
+
+
+def stored_config(state: dict[str, Any]) -> Config:
+    """The Config of a checkpoint. Raises UsageError or ConfigError."""
+    stored, known = set(state["config"]), set(Config.describe())
+    for names, what in ((known - stored, "lacks"), (stored - known, "has the unknown field")):
+        if names:
+            raise UsageError(
+                f"the checkpoint's configuration {what} {sorted(names)[0]}: it is damaged, or of"
+                " another version of this program"
+            )
+    return Config(**state["config"])
 
 
 def build_model(state: dict[str, Any]) -> DeepSeek:
@@ -500,10 +527,8 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
         raise UsageError(
             "the checkpoint is of adapters alone: give --ckpt their base and --lora their folder"
         )
-    if unlike := set(state["config"]) ^ set(Config.describe()):
-        raise UsageError(f"the checkpoint's configuration lacks or alone has {sorted(unlike)[0]}")
     with torch.device("meta"):
-        model = DeepSeek(Config(**state["config"]))
+        model = DeepSeek(stored_config(state))
     try:
         model.load_state_dict(state["model"], assign=True)
     except (RuntimeError, TypeError) as error:
@@ -537,7 +562,7 @@ class Log:
     the first process alone."""
 
     def __init__(self, folder: Path, header: dict[str, Any], resume_at: int | None = None):
-        self.path, self.waiting = folder / "log.jsonl", ""
+        self.path, self.header, self.waiting = folder / "log.jsonl", header, ""
         if rank() > 0:
             return
         if resume_at is not None:  # steps after the checkpoint will be taken again
@@ -549,15 +574,17 @@ class Log:
             if kept:
                 os.truncate(self.path, kept)
                 return
-        self.path.write_bytes(b"")
+        self.path.unlink(missing_ok=True)
         self.write(header)
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises OSError, as on a full disk; then the line is written with a later one."""
         if rank() > 0:
             return
-        self.waiting += json.dumps(record) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
+        if not size and not self.waiting and record is not self.header:  # somebody removed it
+            self.waiting = json.dumps(self.header) + "\n"
+        self.waiting += json.dumps(record) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.waiting)
@@ -890,7 +917,7 @@ class Trainer:
         if state:
             try:
                 self.take_up(state)
-            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"the checkpoint in {self.out} cannot be gone on with: its parts do not fit"
                 ) from error
@@ -1102,7 +1129,7 @@ class Trainer:
                 record |= evaluate()
                 record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
                 if record["val_loss"] < self.best:
-                    with self.writing("what did best"):
+                    with self.writing(BEST):
                         keep()
                         self.best = record["val_loss"]
             with self.writing("log.jsonl"):
@@ -1118,7 +1145,8 @@ class Trainer:
                 if not quiet:
                     bar.write(f"step {self.step}: {_describe(record)} | {said}")
             due = last or self.stop or self.step % (args.save_every or every) == 0
-            if due and not self.skips:
+            # Without what did best, --resume could not bring that in again.
+            if due and not self.skips and BEST not in self.unwritten:
                 with self.writing("ckpt.pt"):
                     self.save()
         bar.close()
@@ -1126,10 +1154,11 @@ class Trainer:
             self.save()
         for which, handler in handlers.items():
             signal.signal(which, handler)
-        if self.unwritten:
+        self.unwritten.pop("curves.png", None)  # can be drawn again from the log
+        if self.sum_of(len(self.unwritten)) > 0:  # so that all processes end
             raise UsageError(
-                f"{'; '.join(self.unwritten.values())}: make room, and --resume goes on from the"
-                " last checkpoint"
+                f"{'; '.join(self.unwritten.values()) or 'a file was not written'}: make room, then"
+                " --resume goes on from the last checkpoint, if there is one"
             )
         return record
 
@@ -1259,7 +1288,7 @@ def main() -> None:
         raise DataError(f"{args.data} is too short to hold anything out: give more text")
 
     # 3. Model
-    config = Config(**state["config"]) if state else choose_config(args, overrides, tokenizer)
+    config = stored_config(state) if state else choose_config(args, overrides, tokenizer)
     weights = torch.bfloat16 if args.low_memory else torch.float32
     with torch.device("meta"):
         needed = DeepSeek(config).to(weights)

@@ -3,8 +3,8 @@
     python killer.py train '["--data", ..., "--out", ...]' '[0.3, ["os.replace", 2], ...]'
 
 A moment is a number of seconds, or the n-th call of a function: half a file is written in
-torch.save, the others are not reached. Prints how many runs were killed. The process that imports
-everything forks one for each run, so that a run begins in no time.
+torch.save, the others are not reached. Prints how many runs were killed and how many resumed. The
+process that imports everything forks one for each run, so that a run begins in no time.
 """
 
 import contextlib
@@ -37,15 +37,18 @@ def half_a_file(state, file):
 
 def arm(name: str, n: int) -> None:
     """Let the n-th call of a function end the process."""
-    module = {"os": os, "torch": torch, "train": train}[name.partition(".")[0]]
-    function, calls = getattr(module, name.partition(".")[2]), []
+    module, _, name_there = name.partition(".")
+    modules = {"os": [os], "torch": [torch], "train": [train, finetune]}[module]
+    function, calls = getattr(modules[0], name_there), []
 
     def counting(*args, **kwargs):
         calls.append(1)
         last = half_a_file if name == "torch.save" else die
         return (last if len(calls) == n else function)(*args, **kwargs)
 
-    setattr(module, name.partition(".")[2], counting)
+    for module in modules:  # finetune has some of train's functions under its own name
+        if hasattr(module, name_there):
+            setattr(module, name_there, counting)
 
 
 def run(script, argv: list[str], moment) -> int:
@@ -72,12 +75,13 @@ def run(script, argv: list[str], moment) -> int:
 if __name__ == "__main__":
     name, argv, moments = sys.argv[1], *map(json.loads, sys.argv[2:])
     out = Path(argv[argv.index("--out") + 1])
-    killed = 0
+    killed = resumed = 0
     for moment in [*moments, None]:
         begun = (out / "ckpt.pt").exists()
         line = ["--resume", "--out", str(out)] if begun else [*argv, "--overwrite"]
         status = run({"train": train, "finetune": finetune}[name], line, moment)
         killed += os.WIFSIGNALED(status)
+        resumed += begun
         if not os.WIFSIGNALED(status) and status:
             sys.exit(f"moment {moment}: status {status}")
-    print(f"killed {killed}")
+    print(f"killed {killed}, resumed {resumed}")
