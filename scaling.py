@@ -305,10 +305,10 @@ def main() -> None:
             flush=True,
         )
     print_table(records)
-    sizes = [("size", SIZES, over) for over in ("tokens", "flops", "seconds")]
-    draw(records, sizes, out / "sizes.png")
-    ideas = [("experts or not", EXPERTS, "tokens"), ("experts or not", EXPERTS, "seconds")]
-    ideas += [("MLA or MHA", ATTENTIONS, "tokens")]
+    sizes = [("equal tokens", "tokens"), ("equal compute", "flops"), ("equal time", "seconds")]
+    draw(records, [(title, SIZES, over) for title, over in sizes], out / "sizes.png")
+    ideas = [(f"experts: {title}", EXPERTS, over) for title, over in (sizes[0], sizes[2])]
+    ideas.append(("attention: equal tokens", ATTENTIONS, "tokens"))
     draw(records, ideas, out / "ideas.png")
     print(f"writes scaling.jsonl, sizes.png, ideas.png in {out}")
 

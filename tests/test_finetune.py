@@ -214,7 +214,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
     assert code == 0, err
     assert "instructions" in text and "held out, nats/token" in text
-    kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
+    adapter = {"adapter_model.safetensors", "adapter_config.json", "SHA256SUMS"}
+    kept = {"best.pt"} if full else adapter
     assert {p.name for p in out.iterdir()} == kept | {
         "ckpt.pt",
         "log.jsonl",

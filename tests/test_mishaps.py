@@ -528,3 +528,26 @@ def test_no_home_no_network_a_poor_console_and_a_checkout_that_cannot_be_written
         if mounted:
             subprocess.run(["umount", "-l", str(checkout)], check=True)
     assert (out / "cache").is_dir()  # the fallback where there is no home
+
+
+def test_resume_reads_stored_flags_as_they_are_typed():
+    parser = train.make_parser()
+    line = "--norm_topk_prob false --lr 1e-4 --fsdp --q_lora_rank none --first_k_dense_replace 0"
+    stored = vars(parser.parse_args([*line.split(), "--rope_scaling", '{"type": "yarn"}']))
+    assert parser.check(stored) == stored
+    stored = vars(parser.parse_args(["--norm_topk_prob", "true"]))
+    assert parser.check(stored) == stored and stored["norm_topk_prob"] is True
+    tuned = finetune.make_parser()
+    stored = vars(tuned.parse_args("--targets q_proj o_proj --full".split()))
+    assert tuned.check(stored) == stored
+
+
+def test_a_chat_survives_bytes_that_are_no_text(trained):
+    program = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(trained), "--chat"]
+    done = subprocess.run(program, input=b"\xff\xfe hello\n", capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+def test_a_check_of_nothing(run, trained):
+    code, out, err = run(f"sample --ckpt {trained} --check 2 --max_new_tokens 0")
+    assert code == 0 and "0 of 2" in out, err
