@@ -8,6 +8,13 @@ What deepseek.py costs in time and memory, against its peers and the machine's l
 Where two things are compared they take turns in one run; what is told is the median. "transformers"
 is the library's DeepSeek-V2 with the same shape and weights, as it comes; without the library those
 lines are left out.
+
+Where the time of a training step of tiny goes (torch.profiler, one thread of an AMD EPYC without
+AMX, bf16, torch 2.13, November 2026): matrix products 39%, those of the experts among them; flash
+attention 24%, three quarters of that backward; element by element (norms, SwiGLU, residuals) 14%;
+casts and copies 7%; softmax of the cross-entropy 7%; routing, sorting and gathering 2%; AdamW 1%.
+Decoding one token takes some hundred calls of operations per layer, and each is over in microseconds:
+there the time goes into the calls.
 """
 
 from __future__ import annotations
