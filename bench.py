@@ -13,8 +13,8 @@ Where the time of a training step of tiny goes (torch.profiler, one thread of an
 AMX, bf16, torch 2.13, November 2026): matrix products 39%, those of the experts among them; flash
 attention 24%, three quarters of that backward; element by element (norms, SwiGLU, residuals) 14%;
 casts and copies 7%; softmax of the cross-entropy 7%; routing, sorting and gathering 2%; AdamW 1%.
-Decoding one token takes some hundred calls of operations per layer, each over in microseconds: there
-the time goes into the calls.
+Decoding a token takes some hundred calls of operations per layer, each over in microseconds: the
+time goes into the calls.
 """
 
 from __future__ import annotations
