@@ -1128,7 +1128,7 @@ def check_config(c: Config) -> None:
             whole = type(value) is int and least <= value < 2**31
             require(whole, f"{name} = {value!r} must be a whole number, at least {least}")
         elif kind is float:
-            finite = type(value) in (int, float) and 0 <= value < 1e30
+            finite = type(value) in (int, float) and 0 <= value < 1e18
             require(finite, f"{name} = {value!r} must be a finite number, 0 or more")
         elif kind is bool:
             require(type(value) is bool, f"{name} = {value!r} must be true or false")
@@ -1195,7 +1195,7 @@ def check_config(c: Config) -> None:
             continue
         require(key in YARN_V2, f"rope_scaling has an unknown key {key!r}")
         least = 1 if key == "factor" else 0 if key == "mscale_all_dim" else 1e-9
-        ok = type(value) in (int, float) and least <= value < 1e30
+        ok = type(value) in (int, float) and least <= value < 1e18
         require(ok, f"rope_scaling {key} = {value!r} must be a number of at least {least}")
     fast, slow = yarn.get("beta_fast", 32), yarn.get("beta_slow", 1)
     require(fast >= slow, f"rope_scaling beta_fast = {fast} must not be below beta_slow = {slow}")

@@ -70,6 +70,10 @@ BEST = "the best so far"  # what `keep` of a trainer writes
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
 SUMS = "SHA256SUMS"  # of the files of an adapter or an export; `sha256sum -c` reads it, too
+SETTLED = (  # flags that a run has always settled
+    *("batch_size", "grad_accum", "seq_len", "vocab_size"),
+    *("lr", "warmup", "beta2", "schedule"),
+)
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
     *("adapter_model.safetensors", "adapter_config.json", SUMS),
@@ -848,11 +852,15 @@ def open_run(args: argparse.Namespace, typed: set[str], parser: Parser) -> dict[
             script = "finetune.py" if "ckpt" in stored else "train.py"
             raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
         stored = parser.check(stored)
+        for name in {*SETTLED} & {*stored}:
+            if stored[name] is None:
+                raise UsageError(f"checkpoint {checkpoint} is damaged: it lacks --{name}")
         for name in sorted(typed - {"resume", "out", "log_level", "device", "fsdp"}):
             value, old = getattr(args, name), stored.get(name)
             if name == "steps" and value >= (old or 0):
                 continue
             if value != old:
+                old = state["config"].get(name) if old is None else old  # what the size gave
                 raise UsageError(
                     f"--{name} {value} differs from the run's {old}: leave it out, or start"
                     " another run in another --out"

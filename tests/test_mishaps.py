@@ -50,7 +50,8 @@ def moments(cases: int, seconds: float) -> list:
 @sweep(5, 20)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "finetune"])
 def test_a_run_killed_anywhere_ends_with_the_same_bits(corpus, trained, tmp_path, kind, cases):
-    line = f"--steps 24 --eval_every 6 --save_every 1 --log_level quiet --out {tmp_path}/o"
+    steps = 24 if cases == 5 else 400  # the more often killed, the further it gets
+    line = f"--steps {steps} --eval_every 6 --save_every 1 --log_level quiet --out {tmp_path}/o"
     if kind == "finetune":
         rows = [{"instruction": f"Where is cat {n}?", "output": f"On mat {n}."} for n in range(60)]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -76,7 +77,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(corpus, trained, tmp_path
     (a, losses, kept), (b, losses_b, kept_b) = ends
     for key in ("model", "optimizer", "rng", "step", "tokens", "best_val_loss"):
         assert same(a[key], b[key]), key
-    assert losses == losses_b and [step for step, *_ in losses] == list(range(1, 25))
+    assert losses == losses_b and [step for step, *_ in losses] == list(range(1, steps + 1))
     assert kept == kept_b
 
 
