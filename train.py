@@ -458,10 +458,11 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UsageError(
             f"checkpoint {path} cannot be read: it is damaged or not one ({kind})"
         ) from error
-    if not isinstance(state, dict) or state.get("program") != "deepseek.py":
+    mark = (state.get("program"), state.get("format")) if isinstance(state, dict) else ("", "")
+    program, was = (x if isinstance(x, (str, int)) else None for x in mark)  # a tensor has no ==
+    if program != "deepseek.py":
         raise UsageError(f"{path} is not a checkpoint of train.py")
-    if state.get("format") != FORMAT:
-        was = state.get("format")
+    if was != FORMAT:
         raise UsageError(f"checkpoint {path} has format {was}, this program {FORMAT}")
     for name, kind in PARTS.items():
         value = state.get(name)

@@ -295,7 +295,7 @@ def test_code_in_a_checkpoint_is_not_run(run, trained, tmp_path, monkeypatch):
 STRANGE = [None, True, -1, 0, 3, 10**9, math.nan, "x", "", [], {}, {"a": 1}, torch.zeros(2)]
 
 
-@sweep(40, 2000)
+@sweep(40, 500)
 def test_a_checkpoint_with_strange_contents_is_refused_or_works(run, trained, tmp_path, cases):
     """A value at a random place of the checkpoint is another one, or is missing."""
     state = train.load_checkpoint(trained, mmap=False)
@@ -327,7 +327,7 @@ def test_a_checkpoint_with_strange_contents_is_refused_or_works(run, trained, tm
     assert refused > cases  # of two commands each
 
 
-@sweep(60, 3000)
+@sweep(60, 1000)
 def test_a_config_with_absurd_numbers_is_refused_or_works(run, places, tmp_path, cases):
     folder, _, line = places["hf"]
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -397,7 +397,7 @@ def check_end(code, err, line) -> None:
     assert code == 0 or err.strip(), line
 
 
-FUZZ = [30, pytest.param(1000, marks=SWEEP)]
+FUZZ = [30, pytest.param(300, marks=SWEEP)]
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
