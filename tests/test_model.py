@@ -894,6 +894,7 @@ def test_generate_refuses_impossible_arguments_at_once(options, message):
         (dict(rope_scaling=YARN_V2 | {"beta_slow": -1}), "beta_slow = -1"),
         (dict(copying_start=0.2, initializer_range=0.0), "needs an initializer_range above 0"),
         (dict(rope_scaling=YARN_V2 | {"factor": math.nan}), "factor = nan"),
+        (dict(n_routed_experts=10**9), "n_routed_experts = 1000000000 is over 10000"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is over 10000"),
         (dict(rms_norm_eps=math.nan), "rms_norm_eps = nan"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
