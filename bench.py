@@ -100,13 +100,15 @@ def compared(
         yield Line(part, name, amount / time_taken, unit, ratio, to if ratio else "")
 
 
-def flops_per_token(config: Config, length: int) -> float:
+def flops_per_token(model: DeepSeek, length: int) -> float:
     """Of training: 6 for each active parameter, 3 times the forward pass for each pair of tokens
     that attend (half of all), nothing for what checkpointing repeats."""
-    with torch.device("meta"):
-        _, active = DeepSeek(config).num_parameters()
-    pair = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    return 6 * active + 3 * config.num_hidden_layers * pair * length / 2
+    pairs = 0
+    for layer in model.model.layers:  # the widths of all heads' queries and values
+        attention = layer.self_attn
+        query = attention.q_b_proj if hasattr(attention, "q_b_proj") else attention.q_proj
+        pairs += 2 * (query.out_features + attention.o_proj.in_features)
+    return 6 * model.num_parameters()[1] + 3 * pairs * length / 2
 
 
 def transformers_twin(model: DeepSeek) -> Any:
@@ -122,21 +124,20 @@ def transformers_twin(model: DeepSeek) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def dense_twin(config: Config) -> Config:
+def dense_twin(config: Config, equal: str = "active") -> Config:
     """The same model without experts, its feed-forward layers so wide that as many parameters
-    are active."""
-    layers = config.num_hidden_layers
+    are active, or with equal = "total" that it has as many in all."""
+    layers, which = config.num_hidden_layers, ("total", "active").index(equal)
 
-    def active(width: int) -> int:
+    def count(config: Config) -> int:
         with torch.device("meta"):
-            dense = replace(config, first_k_dense_replace=layers, intermediate_size=width)
-            return DeepSeek(dense).num_parameters()[1]
+            return DeepSeek(config).num_parameters()[which]
 
-    with torch.device("meta"):
-        wanted = DeepSeek(config).num_parameters()[1]
-    per_width = active(2) - active(1)
-    width = round((wanted - active(1)) / per_width) + 1
-    return replace(config, first_k_dense_replace=layers, intermediate_size=width)
+    def dense(width: int) -> Config:
+        return replace(config, first_k_dense_replace=layers, intermediate_size=width)
+
+    one, two = count(dense(1)), count(dense(2))
+    return dense(1 + round((count(config) - one) / (two - one)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
     ours = seconds[f"deepseek.py, {name_of(dtype)}"]
     overhead = ours / seconds["dense, as many active"]
     yield Line("train", "MoE step over dense step", overhead, "times")
-    rate = flops_per_token(config, TRAINING["length"]) * tokens / ours / 1e12
+    rate = flops_per_token(DeepSeek(config), TRAINING["length"]) * tokens / ours / 1e12
     yield Line("train", f"deepseek.py, {name_of(dtype)}", rate, "TFLOP/s")
 
 
@@ -386,7 +387,9 @@ def memory(device: torch.device, rounds: int) -> Iterator[Line]:
         process.join()
         yield Line("memory", f"{name}, a step of 1 x {length}", peak_bytes / 2**30, "GiB")
         if not math.isnan(seconds):
-            rate = flops_per_token(Config.preset(size), length) * length / seconds / 1e12
+            with torch.device("meta"):
+                model = DeepSeek(Config.preset(size))
+            rate = flops_per_token(model, length) * length / seconds / 1e12
             yield Line("memory", f"{name}, speed", length / seconds, "tok/s")
             yield Line("memory", f"{name}, speed", rate, "TFLOP/s")
 

@@ -1,7 +1,7 @@
 """
 How the loss falls with size, and what DeepSeek-V2's two ideas are worth at such sizes.
 
-    python scaling.py                              # about two hours on two CPU cores
+    python scaling.py                              # eight models, each twice
     python scaling.py --only tiny,mha-cache        # some of the models
     python scaling.py --tokens 200000 --seeds 1    # a look
 
@@ -100,22 +100,6 @@ def scaled(config: Config, width: int) -> Config:
     return replace(config, hidden_size=width, **widths)
 
 
-def dense_of_total(config: Config) -> Config:
-    """The same model without experts, its feed-forward layers so wide that it has as many
-    parameters in all."""
-
-    def total(width: int) -> int:
-        layers = config.num_hidden_layers
-        with torch.device("meta"):
-            dense = replace(config, first_k_dense_replace=layers, intermediate_size=width)
-            return DeepSeek(dense).num_parameters()[0]
-
-    with torch.device("meta"):
-        wanted = DeepSeek(config).num_parameters()[0]
-    width = 1 + round((wanted - total(1)) / (total(2) - total(1)))
-    return replace(config, first_k_dense_replace=config.num_hidden_layers, intermediate_size=width)
-
-
 def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
     """By name, how each model of the study is made of tiny's config."""
     c = config
@@ -131,7 +115,7 @@ def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
             for name, by in sizes.items()
         },
         "dense-active": lambda: DeepSeek(dense_twin(c)),
-        "dense-total": lambda: DeepSeek(dense_of_total(c)),
+        "dense-total": lambda: DeepSeek(dense_twin(c, "total")),
         "mha-parameters": lambda: with_mha(c, equal_parameters),
         "mha-cache": lambda: with_mha(c, equal_cache // 2 * 2),
     }
@@ -155,7 +139,7 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
     run.eval_tokens = 20_000
     run.steps = max(EVALUATIONS, args.tokens // (run.batch_size * run.seq_len))
     run.minutes, run.eval_every = None, run.steps // EVALUATIONS
-    run.steps = run.eval_every * EVALUATIONS
+    run.steps = run.save_every = run.eval_every * EVALUATIONS
     run.warmup = min(run.warmup, run.steps // 10)
     device = train.choose_device(run.device)
     dtype = train.choose_dtype("auto", device)
@@ -176,13 +160,7 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
     cached = (
         2 * attention.k_proj.out_features if isinstance(attention, MHA) else model.config.cache_dim
     )
-    per_token = flops_per_token(model.config, run.seq_len)
-    if isinstance(attention, MHA):  # which the config does not know
-        with torch.device("meta"):
-            counted = DeepSeek(model.config).num_parameters()[1]
-        heads_mla = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-        pairs = 3 * config.num_hidden_layers * 2 * run.seq_len / 2
-        per_token += 6 * (active - counted) + pairs * (cached - heads_mla)
+    per_token = flops_per_token(model, run.seq_len)
     seconds, records = 0.0, []
     for record in itertools.islice(train.read_log(folder / "log.jsonl"), 1, None):
         seconds += run.batch_size * run.seq_len / record.get("tok_per_s", math.inf)  # left out

@@ -31,24 +31,29 @@ def test_a_ratio_says_how_many_times_as_fast():
     assert {line.ratio for line in bench.compared("part", "tok/s", 1, seconds, to="")} == {None}
 
 
+@pytest.mark.parametrize("equal", ["total", "active"])
 @pytest.mark.parametrize("size", ["tiny", "small", "1b"])
-def test_the_dense_twin_has_as_many_active_parameters_and_no_experts(size):
+def test_the_dense_twin_has_as_many_parameters_and_no_experts(size, equal):
     config = Config.preset(size)
-    dense = bench.dense_twin(config)
+    dense = bench.dense_twin(config, equal)
     with torch.device("meta"):
-        wanted = DeepSeek(config).num_parameters()[1]
+        wanted = DeepSeek(config).num_parameters()[equal == "active"]
         total, active = DeepSeek(dense).num_parameters()
     assert not any(dense.is_moe(i) for i in range(dense.num_hidden_layers))
     assert total == active + dense.vocab_size * dense.hidden_size
-    assert abs(active - wanted) <= 1.5 * dense.hidden_size * dense.num_hidden_layers  # half a width
+    have = active if equal == "active" else total
+    assert abs(have - wanted) <= 1.5 * dense.hidden_size * dense.num_hidden_layers  # half a width
 
 
 def test_operations_of_training_by_hand():
-    config = small(num_hidden_layers=2, first_k_dense_replace=2)
+    model = DeepSeek(small(num_hidden_layers=2, first_k_dense_replace=2))
     # q 3*18*48, kv_a 28*48, kv_b 3*24*20, o 48*42, MLP 3*80*48, norms 2*48 + 20, twice
     active = 2 * (2592 + 1344 + 1440 + 2016 + 11520 + 116) + 4608 + 48  # head 96*48, norm
     pairs = 2 * 2 * 3 * (18 + 14) * 16 / 2  # of 16 tokens each sees half, on the average
-    assert bench.flops_per_token(config, 16) == 6 * active + 3 * pairs
+    assert bench.flops_per_token(model, 16) == 6 * active + 3 * pairs
+    compressed = DeepSeek(small(num_hidden_layers=2, first_k_dense_replace=2, q_lora_rank=10))
+    q = 2 * (10 * 48 + 3 * 18 * 10 + 10 - 2592)  # down, up, norm, instead of one matrix
+    assert bench.flops_per_token(compressed, 16) == 6 * (active + q) + 3 * pairs
 
 
 def test_the_cache_is_told_as_the_paper_counts_it(run, tmp_path):

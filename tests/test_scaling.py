@@ -7,7 +7,9 @@ import torch
 from conftest import MODEL, small
 from torch import nn
 
+import bench
 import scaling
+import train
 from deepseek import Config, DeepSeek, make_span
 
 TINY = Config.preset("tiny", vocab_size=2816)
@@ -55,6 +57,9 @@ def test_the_models_are_equal_in_what_they_are_called_after():
     assert total["mha-parameters"] == pytest.approx(total["tiny"], rel=1e-3)
     cached = 2 * models["mha-cache"].model.layers[0].self_attn.k_proj.out_features
     assert cached == TINY.cache_dim == 64 + 16
+    heads = 2 * 20  # of MHA's keys, and of its values
+    flops = 6 * active["mha-cache"] + 3 * 4 * 2 * 2 * heads * 256 / 2
+    assert bench.flops_per_token(models["mha-cache"], 256) == flops
     for name in ("dense-active", "dense-total"):
         assert not any(layer.is_moe for layer in models[name].model.layers)
     assert all(isinstance(la.self_attn, scaling.MHA) for la in models["mha-cache"].model.layers)
@@ -79,6 +84,23 @@ def test_the_study_runs_goes_on_and_draws(run, tmp_path, monkeypatch):
     code, _, err = run("scaling --only big")
     assert code == 2 and "'big' is no model" in err
     assert run("scaling --data my.txt")[0] == 2
+
+
+def test_what_ctrl_c_cut_short_is_not_counted(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "EVALUATIONS", 3)
+    step = train.Trainer.train_step
+
+    def pressed(self, *batch):
+        self.asked = self.step == 1
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "train_step", pressed)
+    line = (
+        f"scaling --only tiny/4,tiny/2 --tokens 2048 --seeds 1 --data stories:100 --out {tmp_path}"
+    )
+    code, out, err = run(line)
+    assert code == 130 and "interrupted" in err and not (tmp_path / "scaling.jsonl").exists()
+    assert not (tmp_path / "tiny-2-0").exists()  # nor does the next one begin
 
 
 def test_a_dense_model_trains_and_draws(run, corpus, tmp_path):
