@@ -25,6 +25,7 @@ import data
 from deepseek import DeepSeek, load_lora, merge_lora
 from stories import NotAStory, parse
 from train import (
+    DTYPES,
     Parser,
     UsageError,
     check_seal,
@@ -37,7 +38,6 @@ from train import (
 )
 
 LONGEST = 2048  # new tokens unless told otherwise: the cache for V2's context would take 11 GB
-DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def make_parser() -> Parser:

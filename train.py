@@ -59,6 +59,7 @@ from deepseek import (
     lora_state,
 )
 
+DTYPES = ("float32", "bfloat16", "float16")
 FORMAT = 2  # of ckpt.pt
 PARTS: dict[str, type] = {  # of ckpt.pt, and what they are
     **dict.fromkeys(("model", "optimizer", "scaler", "config", "rng", "args", "versions"), dict),
@@ -213,7 +214,7 @@ def add_common_flags(parser: Parser, out: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out (default: off)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the best there)")
     dtypes = "of the matrix products (default: auto, bfloat16 where the machine computes it)"
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=dtypes)
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
     add("--compile", action="store_true", help="use torch.compile (default: off)")
     add("--checkpoint_activations", action="store_true", help="less memory, slower (default: off)")
     levels = "quiet: errors only (default: info)"
@@ -336,8 +337,6 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bf16 where the hardware computes it (on a CPU a third faster than fp32), fp16 on older
     CUDA cards, otherwise fp32."""
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype {name!r} is unknown: the checkpoint is damaged")
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise UsageError("dtype float16 needs a CUDA card: use float32 or bfloat16")
@@ -467,6 +466,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     for name, kind in PARTS.items():
         value = state.get(name)
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        fits = fits and (name != "dtype" or value in DTYPES)
         if not fits or (kind in (int, float) and not value >= 0):
             raise UsageError(f"checkpoint {path} is damaged: it has {name} = {str(value)[:50]!r}")
     return state
