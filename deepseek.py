@@ -833,7 +833,7 @@ def sample(
     if top_p is not None:
         probs, ids = logits.softmax(-1).sort(-1, descending=True)
         before = probs.cumsum(-1) - probs  # the probability of all that rank higher
-        outside = before >= max(top_p, 1e-6)  # less would be zero in fp32, and leave nobody
+        outside = before >= max(top_p, 1e-6)  # of any top_p the most probable one stays
         drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
