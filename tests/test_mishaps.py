@@ -327,6 +327,41 @@ def test_a_checkpoint_with_strange_contents_is_refused_or_works(run, trained, tm
     assert refused > cases  # of two commands each
 
 
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("args", "lr", None),
+        ("args", "warmup", None),
+        ("args", "batch_size", "many"),
+        ("optimizer", "param_groups", []),
+        ("optimizer", "state", {0: 1}),
+        ("rng", "cpu", torch.zeros(2)),
+        ("config", "more", 1),
+        (None, "dtype", "float8"),
+        (None, "step", -1),
+        (None, "format", torch.zeros(2)),
+    ],
+)
+def test_a_part_that_does_not_fit_is_refused(run, trained, tmp_path, part, name, value):
+    state = train.load_checkpoint(trained, mmap=False)
+    (state[part] if part else state)[name] = value
+    (tmp_path / "o").mkdir()
+    torch.save(state, tmp_path / "o" / "ckpt.pt")
+    code, _, err = run(f"train --resume --steps 3 --out {tmp_path}/o")
+    assert code == 2 and err.count("\n") == 1, err
+
+
+def test_an_interrupted_sealing_leaves_no_sums(tmp_path):
+    with train.sealing(tmp_path):
+        (tmp_path / "a").write_text("a")
+    train.check_seal(tmp_path)
+    with pytest.raises(KeyboardInterrupt), train.sealing(tmp_path):
+        (tmp_path / "a").write_text("b")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    train.check_seal(tmp_path)
+
+
 @sweep(30, 1000)
 def test_a_config_with_absurd_numbers_is_refused_or_works(run, places, tmp_path, cases):
     folder, _, line = places["hf"]

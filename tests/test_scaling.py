@@ -10,7 +10,7 @@ from torch import nn
 import bench
 import scaling
 import train
-from deepseek import Config, DeepSeek, make_span
+from deepseek import Config, DeepSeek, make_span, rope_frequencies
 
 TINY = Config.preset("tiny", vocab_size=2816)
 
@@ -35,6 +35,8 @@ def test_mha_is_softmax_attention_over_rotated_heads():
         assert not torch.allclose(turned, expected, atol=1e-3)
         shifted = mha(x, span._replace(positions=span.positions + 5))
         assert torch.allclose(turned, shifted, atol=1e-5)  # only distances count
+    slowest = rope_frequencies(scaling.MHA(TINY, 44).config).min().item()
+    assert slowest == pytest.approx(10000 ** (-42 / 44))  # whatever tiny's own base is
 
 
 def test_mha_starts_as_a_copy():
@@ -81,6 +83,12 @@ def test_the_study_runs_goes_on_and_draws(run, tmp_path, monkeypatch):
     )
     code, out, _ = run(f"{line} --seeds 2")  # the first seeds are there already
     assert code == 0 and out.count("nats per token after") == 2 and "seed 0" not in out
+    other = f"scaling --only tiny/4 --tokens 16384 --data stories:100 --seeds 1 --out {tmp_path}"
+    code, out, _ = run(other)  # another budget is another study, kept in the same file
+    assert code == 0 and out.count("nats per token after") == 1
+    assert len((tmp_path / "scaling.jsonl").read_text().splitlines()) == 4 * 3 + 3
+    code, out, _ = run(f"{line} --seeds 2")
+    assert code == 0 and "nats per token after" not in out
     code, _, err = run("scaling --only big")
     assert code == 2 and "'big' is no model" in err
     assert run("scaling --data my.txt")[0] == 2

@@ -395,6 +395,25 @@ def small_trainer(folder, trained, state=None, **flags):
     return train.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32, state)
 
 
+def test_a_best_that_could_not_be_kept_is_kept_later(trained, tmp_path, capsys):
+    """Also where the later one is no better than the one that was lost; until then no checkpoint
+    is written, for what comes before it could not be resumed without the best."""
+    trainer = small_trainer(tmp_path, trained, steps=4, eval_every=1, save_every=1)
+    ids, targets = torch.randint(0, 320, (2, 4, 12))
+    losses, calls, saved = iter([3.0, 1.0, 2.0, 2.5, 2.5]), [], []  # the first is of no step
+
+    def keep():
+        calls.append(trainer.step)
+        if trainer.step == 1:
+            raise OSError(28, "No space left on device")
+        assert not saved
+
+    trainer.save = lambda: saved.append(trainer.step)
+    trainer.fit(lambda step: (ids, targets), lambda: {"val_loss": next(losses)}, lambda: "", keep)
+    assert calls == [1, 2] and saved == [2, 3, 4] and trainer.best == 2.0
+    assert capsys.readouterr().err.count("the best so far cannot be written: No space") == 1
+
+
 def test_loss_scaling_is_undone_before_clipping(trained, tmp_path):
     ids, targets = torch.randint(0, 320, (2, 4, 12))
     results = []
