@@ -20,20 +20,20 @@ N = 2000
 TOLD = [tell(seed) for seed in range(N)]
 GOLDEN = """\
 Once upon a time, in a tidy attic by the market, there lived a shy girl called Ada with her
-aunt. Ada was brave in most things, but a moonless night frightened her. Only Peter next door
-knew. One grey Friday, they played with a grey xylophone behind the chapel. Only at bedtime did
-Ada miss it. How could Ada sleep without it? But outside it was black as ink.
+aunt. Ada and Freya were like two peas in a pod, until something silly came between them. One
+grey Friday, they found a grey xylophone behind the chapel. "I saw it first!" cried Ada. "No, I
+did!" screamed Freya. They pulled and tugged, and at last Freya ran off to the stone wall.
 
-Peter came along with a lamp. "We shall count our steps," he said. "Eleven steps, and then we
-rest." In the rose garden two shining eyes looked at them. Ada wanted to turn back. Peter lifted
-the lamp. It was only a badger, looking for its supper! So they went on, eleven steps and eleven
-steps again, until they came to the chapel and Ada grabbed the xylophone.
+But the xylophone was no fun alone. After nine minutes Ada put it down and went to see the
+gardener. "I once lost a friend over an amber cap," said the gardener. "I still think of that
+friend, but never the cap." Ada jumped up and raced to the stone wall. "I was wrong," she said.
+"You can have the xylophone first."
 
-On the way back Ada carried the lamp. In the rose garden she said, "Good night, little badger!"
-That night Ada sat in the attic by the market and told her aunt everything about Peter and the
-grey xylophone."""
+Freya clapped, and they took the xylophone back to the chapel and played there for eight hours.
+Ada's aunt made a picture of Ada and Freya with the grey xylophone. It still hangs in the attic
+by the market."""
 GOLDEN = re.sub(r"(?<!\n)\n(?!\n)", " ", GOLDEN)  # a line break within a paragraph is a space
-DIGEST = "deb04abca4033e64d09823d08f61c41f5765e7639ca6c005ac11eb68f60862ae"
+DIGEST = "c65fd7ee021d92c4e0fa918bf91c778c22576034876ac7f40ff9f29ebd3617e2"
 
 
 class Everything:
@@ -226,6 +226,11 @@ def test_nats_is_minus_log_of_the_product_of_the_chances():
                     options = [o for o in node.options if o.member not in roles.values()]
                 log -= math.log(len(options))
                 todo.append(options[choices.pop(0)])
+            elif type(node) is stories.Scope:  # roles of its own, then the old ones again
+                todo += [roles, node.tree]
+                roles = {}
+            elif type(node) is dict:
+                roles = node
         assert not choices
         assert math.isclose(-log, story.nats, rel_tol=1e-12)
 
@@ -252,13 +257,13 @@ def test_probabilities_of_a_small_world_sum_to_one():
 
 
 def test_the_mean_of_nats_is_the_entropy():
-    """Of a small world exactly; of all stories 72.3 nats, to 0.1% at 2,000 of them."""
+    """Of a small world exactly; of all stories 78.5 nats, to 0.4% at 2,000 of them."""
     found = [stories.told(*end).nats for end in walk(SMALL, Everything())]
     entropy = sum(math.exp(-nats) * nats for nats in found)
     teller = stories.Teller(random.Random(1))
     sample = [stories.told(*next(walk(SMALL, teller))).nats for _ in range(4000)]
     assert abs(sum(sample) / 4000 - entropy) < 0.1
-    assert abs(sum(story.nats for story in TOLD) / N - 72.3) < 0.3
+    assert abs(sum(story.nats for story in TOLD) / N - 78.5) < 0.3
 
 
 def test_number_of_stories():
@@ -272,7 +277,7 @@ def test_number_of_stories():
             return sum(map(count, node.options))
         if type(node) is stories.Draw:
             return 1 if node.part else max(1, len(node.options) - 6)
-        return 1
+        return count(node.tree) if type(node) is stories.Scope else 1
 
     assert count(stories.STORY) > 10**32
     assert len({story.text for story in TOLD}) == N
@@ -280,7 +285,7 @@ def test_number_of_stories():
 
 def test_choices_never_run_dry():
     """Every draw has a member left, whatever the other roles of its plot have taken."""
-    for plot in stories.STORY.options:
+    for plot in (*stories.STORY.options, *stories.QUESTIONS.values()):
         members = defaultdict(set)  # role -> all it may become
         for draw in draws_in(plot):
             for bind in draw.options:
@@ -321,9 +326,9 @@ def tasks():
 
 
 def test_right_answers_are_right_and_others_wrong(tasks):
-    assert set(tasks) == {"write", "who", "where", "how_many", "what_next", "order"}
+    assert set(tasks) == {"write", "who", "where", "how_many", "what_next"}
     for kind, row in tasks.items():
-        row = row[: 60 if kind == "write" else 2000]
+        row = row[: 2000 if "right" in row[0].facts else 300]
         accepted = 0
         for task, other in zip(row, row[1:], strict=False):
             assert stories.is_right(task, task.answer), task
@@ -335,24 +340,23 @@ def test_right_answers_are_right_and_others_wrong(tasks):
                 stories.is_right(task, other.answer)
                 for task, other in zip(row, tasks[elsewhere][:200], strict=False)
             )
-            assert elsewhere == kind or wrong == 0
+            # by chance a sentence of a story names just the person who was asked for
+            assert elsewhere == kind or wrong <= 2
 
 
 def test_no_constant_answers_more_than_a_tenth(tasks):
-    for kind, row in tasks.items():
-        if kind in ("write", "order"):
-            assert len({task.answer for task in row}) > 0.99 * len(row)
+    """Of all tasks; and of its own kind no more than an eighth."""
+    for row in tasks.values():
+        if "right" not in row[0].facts:
+            assert len({task.answer for task in row}) > 0.85 * len(row)
             continue
-        row = row[:2000]
-        assert len(row) == 2000
-        for answer in {task.answer for task in row}:
-            task = next(t for t in row if t.answer == answer)
-            assert sum(t.facts["right"] == task.facts["right"] for t in row) <= 0.1 * len(row)
+        right = Counter(task.facts["right"] for task in row[:2000])
+        assert right.total() == 2000 and max(right.values()) <= 2000 / 8  # so a fortieth of all
 
 
 def test_no_place_in_the_passage_is_always_right(tasks):
     """The answer is the first, second, third ... of its kind in the passage about equally often."""
-    for kind in ("who", "where", "what_next", "how_many"):
+    for kind in ("who", "where", "how_many"):
         places = Counter()
         for task in tasks[kind]:
             passage = task.instruction.rpartition(". ")[0]
@@ -411,23 +415,50 @@ def test_a_judge_takes_any_words_for_a_right_answer():
     assert [a for a in wrong if stories.is_right(many, a)] == []
 
 
-def test_a_story_is_judged_by_its_hero_and_its_thing():
-    story = tell(0)
-    facts = {role: story.roles[role] for role in ("hero", "colour", "thing")}
-    assert stories.is_right(Task("write", "", "", facts), f"\n{story.text} ")
-    for role in facts:
-        wrong = {**facts, role: story.roles["friend"]}
-        assert not stories.is_right(Task("write", "", "", wrong), story.text)
-    assert not stories.is_right(Task("write", "", "", facts), story.text[:-1])
+def test_a_story_is_judged_by_what_was_asked_for(tasks):
+    for task in tasks["write"][:300]:
+        assert stories.is_right(task, f"\n{task.answer} ")
+        named = re.search("(?:about|with) (.*), (.*) and an? (.*?) (.*)[.]", task.instruction)
+        assert named and all(word in task.answer for word in named.groups())
+        hero, friend, colour, thing = named.groups()
+        for word, other in ((hero, "Zorro"), (friend, hero), (thing, "tractor")):
+            assert not stories.is_right(task, task.answer.replace(word, other, 1))
+        other = "red" if colour != "red" else "blue"
+        assert not stories.is_right(task, task.answer.replace(colour, other))
+        assert not stories.is_right(task, task.answer[:-1])
+        assert not stories.is_right(task, f"{task.answer} {task.answer}")
+    assert not stories.is_right(tasks["write"][0], tell(0).text)
+    assert not stories.is_right(tasks["write"][0], "")
 
 
-def test_sentences_are_judged_by_their_order(tasks):
-    for task in tasks["order"][:300]:
-        lines = task.instruction.split("\n")[1:]
-        right = [
-            order
-            for order in itertools.permutations(lines)
-            if stories.is_right(task, " ".join(order))
-        ]
-        assert len(right) == 1
-        assert stories.is_right(task, "\n".join(right[0]))
+def test_what_happens_next_is_judged_by_the_story(tasks):
+    for task in tasks["what_next"][:300]:
+        before = task.instruction.partition("? ")[2]
+        assert task.facts["so_far"].endswith(f" => {before} ")
+        assert stories.is_right(task, task.answer)
+        assert not stories.is_right(task, "")
+        assert not stories.is_right(task, task.answer[:-1])
+        assert not stories.is_right(task, before)
+        name = stories.SAID["name"].search(task.answer)
+        assert not name or not stories.is_right(task, task.answer.replace(name[0], "Zorro"))
+
+
+def test_what_is_told_within_a_story_has_people_of_its_own():
+    """They may be called like those of the story, which has its own again afterwards."""
+    alike = 0
+    for story in TOLD:
+        makers = re.findall(r"\"(\w+) made an? ", story.text)
+        alike += story.roles["hero"] in makers or story.roles["friend"] in makers
+        assert not makers or story.roles["friend"] in story.text.rpartition("\n\n")[2]
+    assert alike > 5
+
+
+def test_an_open_question_is_no_fact():
+    """Which of two is asked for cannot be foretold; what the answer says can."""
+    asked = 0
+    for story in TOLD:
+        starts = {start for start, _, _ in story.facts}
+        for match in re.finditer(r"How many (\w+) did \w+ buy\?\" \"(\w+)[.]", story.text):
+            asked += 1
+            assert match.start(1) not in starts and match.start(2) in starts
+    assert asked > 20
