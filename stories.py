@@ -1125,6 +1125,7 @@ def told(roles: dict[str, Member], path: tuple) -> Story:
 # ----------------------------------------------------------------------------------------------
 
 QUESTIONS = {kind: pick([[compile_template(t)] for t in ways]) for kind, ways in TASKS.items()}
+KINDS = (*TASKS, "what_next")
 NEGATION = re.compile(r"\b(not|no|never|nobody|neither|nor)\b|n't\b")
 
 
@@ -1132,7 +1133,7 @@ NEGATION = re.compile(r"\b(not|no|never|nobody|neither|nor)\b|n't\b")
 class Task:
     """An instruction, one right answer, and what the judge needs to find others."""
 
-    kind: str  # a key of TASKS, or "what_next"
+    kind: str  # one of KINDS
     instruction: str
     answer: str
     facts: dict[str, str]  # hero and thing; and for questions "right" and its "kind"
@@ -1148,9 +1149,8 @@ def instructions(seed: int, held_out: bool = False) -> Iterator[Task]:
 
 
 def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
-    kinds = (*TASKS, "what_next")
     while True:
-        kind = kinds[int(teller.random() * len(kinds))]
+        kind = KINDS[int(teller.random() * len(KINDS))]
         while True:
             roles, path = next(walk(QUESTIONS["write" if kind == "what_next" else kind], teller))
             if ((roles["hero"].index + roles["thing"].index) % 10 == 0) == held_out:
