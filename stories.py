@@ -114,7 +114,8 @@ LISTS = {  # list -> (kind, members)
 #   <joy>           one of PHRASES["joy"]
 #   <<who>>         the same of PHRASES or TASKS, told by somebody in the story: the people and
 #                   things in it are others, though they may be called the same
-#   {~thing}        say it again, where it is open which of several things is asked for: no fact
+#   {~hero}         say it again, where nothing before tells who will be asked for: no fact
+#   =>              in TASKS, between question and answer; within a story the next speaks there
 #
 # A plot is a list of steps, a step a list of ways to tell it; "" is a new paragraph. Every plot
 # that ends with <ending> names hero, kin, home, near (in <opening>), friend, colour, thing and
@@ -724,8 +725,8 @@ PLOTS = {
     ],
 }
 
-# Tasks: a passage, a question and its answer, and then another question and answer, which only
-# those within a story get to hear. Several people, things and places are in each passage, and
+# Tasks: a passage, a question and its answer; then a second question and answer, told only within
+# stories. Several people, things and places are in each passage, and
 # several questions can be asked of it, so that no place in the passage is always the right one.
 # "what_next" is asked of the stories that "write" asks for.
 TASKS = {
@@ -942,15 +943,13 @@ def compile_plot(steps: list[list[str]]):
 # ----------------------------------------------------------------------------------------------
 
 
-def walk(tree, chooser, roles=None) -> Iterator[tuple[dict[str, Member], tuple]]:
+def walk(tree, chooser) -> Iterator[tuple[dict[str, Member], tuple]]:
     """Every finished walk that the chooser lets through: (roles, path).
 
     A path is a linked list, newest first: (before, text, kind of fact or "") for what was said,
     (before, option, chance) for what was chosen.
     """
-    waiting = [
-        ((tree, None), roles or {}, 0, None)
-    ]  # (trees to come, roles, characters said, path)
+    waiting = [((tree, None), {}, 0, None)]  # (trees to come, roles, characters said, path)
     while waiting:
         todo, roles, at, path = waiting.pop()
         while todo is not None:
@@ -1081,7 +1080,7 @@ class NotAStory(ValueError):
     text only ends too early."""
 
     def __init__(self, position: int, kind: str):
-        super().__init__(f"not a short story from character {position} on: {kind}")
+        super().__init__(f"not a story from character {position} on: {kind}")
         self.position, self.kind = position, kind
 
 
@@ -1092,10 +1091,10 @@ def tell(seed: int) -> Story:
     return told(*next(walk(STORY, Teller(random.Random(seed)))))
 
 
-def parse(text: str, tree=None) -> Story:
+def parse(text: str, tree=STORY) -> Story:
     """The story, or what else a tree tells, that reads so. Raises NotAStory if there is none."""
     follower = Follower(text)
-    for roles, path in walk(tree or STORY, follower):
+    for roles, path in walk(tree, follower):
         return told(roles, path)
     raise NotAStory(follower.position, follower.kind)
 
@@ -1136,7 +1135,8 @@ class Task:
     kind: str  # one of KINDS
     instruction: str
     answer: str
-    facts: dict[str, str]  # hero and thing; and for questions "right" and its "kind"
+    # hero and thing; for questions "right" and its "kind"; for what_next the story "so_far"
+    facts: dict[str, str]
 
 
 def instructions(seed: int, held_out: bool = False) -> Iterator[Task]:
@@ -1167,7 +1167,7 @@ def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
             instruction = f"What happens next in this story about {about}? {so_far}"
         elif kind != "write":  # what is right is the last fact of the answer
             end = len(f"{instruction} => {answer}")
-            start, end, what = max(fact for fact in whole.facts if fact[1] <= end)
+            start, end, what = [fact for fact in whole.facts if fact[1] <= end][-1]
             facts |= {"right": whole.text[start:end].lower(), "kind": what}
         yield Task(kind, instruction, answer, facts)
 
@@ -1175,9 +1175,9 @@ def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
 def is_right(task: Task, answer: str) -> bool:
     """Whether an answer is right, in whatever words.
 
-    A story must be one of this world's, about those who were asked for, and what happens next a
-    sentence with which one goes on. Other answers name what was asked for and nothing else of its
-    kind, in one sentence that denies nothing; numbers may be digits.
+    A story must be one of this world's, about those who were asked for, and what happens next
+    one sentence or more with which it goes on. Other answers name what was asked for and nothing
+    else of its kind, in one sentence that denies nothing; numbers may be digits.
     """
     if task.kind in ("write", "what_next"):
         before = task.facts.get("so_far", f"{task.instruction} => ")
