@@ -427,6 +427,7 @@ def test_a_story_is_judged_by_what_was_asked_for(tasks):
         assert not stories.is_right(task, task.answer.replace(colour, other))
         assert not stories.is_right(task, task.answer[:-1])
         assert not stories.is_right(task, f"{task.answer} {task.answer}")
+        assert not stories.is_right(task, f"{task.answer.partition('. ')[0]}.")  # only begun
     assert not stories.is_right(tasks["write"][0], tell(0).text)
     assert not stories.is_right(tasks["write"][0], "")
 
