@@ -60,8 +60,7 @@ EPOCHS = 3  # unless --steps or --minutes say otherwise
 BUILT_IN_MINUTES = 4.0  # for the built-in instructions, instead of EPOCHS; scoring comes on top
 TASKS, HELD_OUT_TASKS = 20_000, 300  # of the built-in instructions
 LONGEST_ANSWER = 100  # tokens; the stories that built-in instructions ask for have up to 60
-# The attention's, and the MLPs of dense layers and shared experts. Routed experts are no linear
-# layers, and see too few tokens each.
+# the attention's, and the MLPs' of dense layers and shared experts; routed experts lie stacked
 TARGETS = [*MLA_PROJECTIONS, "gate_proj", "up_proj", "down_proj"]
 
 

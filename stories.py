@@ -726,9 +726,9 @@ PLOTS = {
 }
 
 # Tasks: a passage, a question and its answer; then a second question and answer, told only within
-# stories. Several people, things and places are in each passage, and
-# several questions can be asked of it, so that no place in the passage is always the right one.
-# "what_next" is asked of the stories that "write" asks for.
+# stories. Several people, things and places are in each passage, and several questions can be
+# asked of it, so that no place in the passage is always the right one. "what_next" is asked of
+# the stories that "write" asks for.
 TASKS = {
     "who": [
         "{hero:people} lost {a thing:toys} {at place:places}. {friend:people} looked for it {at"
