@@ -147,6 +147,10 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+            sys.stdout.flush()
+            # At once: one of gloo's threads may still hold a tensor, and where Python has ended by
+            # the time it lets go of it, the process is aborted (pytorch's pull request 179291).
+            os._exit(0)
     except (UsageError, DataError, ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # most likely the first process says the same, and torchrun ends us
