@@ -250,13 +250,18 @@ def compile(device: torch.device, rounds: int) -> Iterator[Line]:
 
 @torch.no_grad()
 def decode(device: torch.device, rounds: int) -> Iterator[Line]:
-    """Greedy decoding of tiny, one sequence, with a cache."""
+    """Greedy decoding of tiny, one sequence, with a cache; transformers as it comes."""
     new = 100
     config = Config.preset("tiny")
     torch.manual_seed(0)
     model = DeepSeek(config).to(device).eval()
     prompt = random_ids(config, 1, 16, device)
-    contenders = {"deepseek.py": lambda: list(model.generate(prompt, new, temperature=0))}
+    contenders = {
+        name: lambda compile=compile: list(
+            model.generate(prompt, new, temperature=0, compile=compile)
+        )
+        for name, compile in (("deepseek.py", False), ("deepseek.py, compiled", True))
+    }
     if (twin := transformers_twin(model)) is not None:
         twin = twin.to(device)
         limits = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)

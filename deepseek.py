@@ -30,17 +30,17 @@ Symbols. Comments at line ends give shapes in these letters, most significant di
     S             source: tokens attended to (cached ones included)
     V             vocab_size                    102,400  102,400  4,096
     D     d       hidden_size                     5,120    2,048    128
-    L     l       num_hidden_layers                  60       27      3
+    L     l       num_hidden_layers                  60       27      4
     H     n_h     num_attention_heads               128       16      2
     Q     d_c'    q_lora_rank                     1,536     none   none
     R     d_c     kv_lora_rank                      512      512     64
     dn    d_h     qk_nope_head_dim                  128      128     32
     dr    d_h^R   qk_rope_head_dim                   64       64     16
     dv    d_h     v_head_dim                        128      128     48
-    E     N_r     n_routed_experts                  160       64     32
-    K     K_r     num_experts_per_tok                 6        6      4
-    Ns    N_s     n_shared_experts                    2        2      2
-    I             moe_intermediate_size           1,536    1,408     64
+    E     N_r     n_routed_experts                  160       64     16
+    K     K_r     num_experts_per_tok                 6        6      2
+    Ns    N_s     n_shared_experts                    2        2      1
+    I             moe_intermediate_size           1,536    1,408     96
     G     D       n_group: devices that hold E        8        1      1
     M     M       topk_group: devices per token       3        1      1
     C             cache numbers per token and
@@ -1050,13 +1050,16 @@ class DeepSeek(nn.Module):
         stop: int | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        compile: bool = False,
     ) -> Iterator[Tensor]:
         """Continue prompts (ids [B, T], or B lists of any lengths), yielding ids [B] as they come.
 
         temperature 0 takes the most probable token. top_k keeps the k most probable tokens,
         top_p the fewest that hold that much probability. A row that has said `stop` goes on
         repeating it; all rows done, or the context full, ends the stream. Ids from vocab_size on
-        (the padding of the embedding) never come out. Raises ValueError for impossible arguments.
+        (the padding of the embedding) never come out. compile puts all steps behind the prompt
+        through torch.compile: it takes half a minute once, and then a CPU is not kept waiting for
+        the next of a thousand small operations. Raises ValueError for impossible arguments.
         """
         limit = self.config.max_position_embeddings
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
@@ -1081,12 +1084,15 @@ class DeepSeek(nn.Module):
             logits = self.lm_head(x)[:, :vocab_size].float()
             return sample(logits, temperature, top_k, top_p, generator)
 
-        return self._stream(rows, max_new_tokens, stop, pick)
+        return self._stream(rows, max_new_tokens, stop, pick, compile)
 
     @torch.no_grad()
-    def _stream(self, rows: list[Tensor], max_new_tokens: int, stop, pick) -> Iterator[Tensor]:
+    def _stream(
+        self, rows: list[Tensor], max_new_tokens: int, stop, pick, compile: bool
+    ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
+        step = torch.compile(self.model) if compile else self.model
         device = self.lm_head.weight.device
         lengths = [len(r) for r in rows]
         cache = self.new_cache(len(rows), max(lengths) + max_new_tokens)
@@ -1106,7 +1112,7 @@ class DeepSeek(nn.Module):
             yield token
             if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
                 return
-            x = self.model(token[:, None], cache)[0][:, 0]
+            x = step(token[:, None], cache)[0][:, 0]
 
 
 # ----------------------------------------------------------------------------------------------

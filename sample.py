@@ -63,6 +63,8 @@ def make_parser() -> Parser:
     add("--export", metavar="FOLDER", help="write it in the official format (default: off)")
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there is)")
+    compiled = "make it fast first, which takes half a minute: for long texts (default: off)"
+    add("--compile", action="store_true", help=compiled)
     dtypes = "of the weights (default: auto, as they are stored)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
     return parser
@@ -161,6 +163,7 @@ def write(model, tokenizer, args, prompts: list[list[int]], generator: torch.Gen
         stop=model.config.eos_token_id,
         vocab_size=tokenizer.get_vocab_size(),
         generator=generator,
+        compile=args.compile,
     )
 
 

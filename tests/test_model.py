@@ -1,6 +1,7 @@
 """The model against an independent implementation, closed forms and the paper's numbers."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -168,6 +169,17 @@ def test_parameters_and_cache_are_the_papers(name, total, active, cached):
     )
     attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
     assert attention == {"v2-lite": 13_763_072, "v2": 149_227_520}[name]
+
+
+def test_the_table_of_symbols_tells_the_presets():
+    number = r" +([\d,]+|none)"
+    rows = re.findall(rf"([a-z_]+)(?:: .*)?{number * 3}$", deepseek.__doc__, re.MULTILINE)
+    assert len(rows) == 16
+    for name, *values in rows:
+        name = "cache_dim" if name == "dr" else name  # C: "..., R + dr"
+        for size, value in zip(("v2", "v2-lite", "tiny"), values, strict=True):
+            value = None if value == "none" else int(value.replace(",", ""))
+            assert getattr(Config.preset(size), name) == value, (name, size)
 
 
 @pytest.mark.parametrize(
@@ -758,6 +770,25 @@ def test_greedy_generation_equals_the_uncached_argmax():
         for _ in range(12):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, ids[:, 5:])
+
+
+@pytest.mark.parametrize("prompts", [[[3, 4, 5]], [[3, 4, 5, 6], [11]]])
+def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts):
+    graphs, real = [], torch.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    whole = lambda module: real(module, backend=count, fullgraph=True)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", whole)
+    model = random_model(small(**GROUPS))
+    eager = generated(model, prompts, 30, temperature=0)
+    assert not graphs
+    assert torch.equal(generated(model, prompts, 30, temperature=0, compile=True), eager)
+    assert 1 <= len(graphs) <= 2  # the first step's, and one for all lengths
+    generated(model, prompts, 30, temperature=0, compile=True)
+    assert len(graphs) <= 2
 
 
 def test_prompts_of_different_lengths_continue_as_if_alone():
