@@ -97,7 +97,7 @@ LISTS = {  # list -> (kind, members)
         a tree, polished the spoons, raked the leaves, scrubbed the floor, sorted buttons,
         stacked hay, swept the yard, washed the cups, watered the roses, weeded the path, wound
         the clock"""),
-    "few": ("number", "two, three, four, five, six, seven, eight"),
+    "few": ("number", "one, two, three"),
     "many": ("number", """four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen,
         fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty"""),
     "numbers": ("number", "four, five, six, seven, eight, nine, ten, eleven, twelve"),
@@ -200,9 +200,9 @@ PHRASES = {
     ],
     # What people tell each other in the plots of the end
     "riddle": ["<<who>>", "<<where>>", "<<how_many>>"],
-    "goodnight": [
+    "close": [
         "{hero} <warm>, and {friend} was <joy>.",
-        "Good night, {hero}! Good night, {friend}!",
+        "And so the time flew for {hero} and {friend}.",
         '"This was a good day," thought {hero}, and {friend} thought so, too.',
     ],
     "pack": [  # each repeats the one before and adds to it
@@ -674,17 +674,18 @@ PLOTS = {
         ["3*<ending>", "<lesson> <farewell>"],
     ],
     "a rainy day": [
-        ["One [wet|rainy|stormy] <weekday>, {friend:people} came to play. {hero.His} {kin} [knew"
+        ["One [wet|rainy|stormy] <weekday>, {friend:people} came to play. {hero}'s {kin} [knew"
          " some riddles|had riddles for them].",
          "It rained all <weekday>. {hero} and {friend:people} [sat by the stove|sat under the"
-         " table] and [asked|tried] each other riddles."],
+         " table] and [asked|told] each other riddles."],
         [""],
         ['"<riddle>"'],
         ['"Right!" said {friend}.', "{friend} <warm>.", "2*"],
         ['"<riddle>"'],
         [""],
-        ['Then they packed for the moon. "<<pack>>"', 'Then they played at repeating. "<<pack>>"'],
-        ["<goodnight>"],
+        ['Then they played at repeating. "<<pack>>"',
+         'Then each repeated what the other had said and added a little. "<<pack>>"'],
+        ["<close>"],
     ],
     "a cold": [
         ["<oneday>, {friend:people} lay in bed with a cold, and {hero} [asked|told] {friend.him}"
@@ -695,8 +696,8 @@ PLOTS = {
         ['"Right!"', "2*"],
         ['"<riddle>"'],
         [""],
-        ['"And the last one!" "<riddle>"'],
-        ["<goodnight>"],
+        ['[And one more|And a last one]: "<riddle>"'],
+        ["<close>"],
     ],
     "a sleepless night": [
         ["One night {hero} and {friend:people} could not sleep, and so they [told stories"
@@ -710,7 +711,7 @@ PLOTS = {
         [""],
         ['But {friend} was still awake. "<riddle>"',
          '"I know a riddle," said {friend}. "<riddle>"'],
-        ["<goodnight>"],
+        ["<close>"],
     ],
     "a long way": [
         ["<oneday>, {hero} and {friend:people} had a long way to go, and so they played at"
@@ -721,7 +722,7 @@ PLOTS = {
         ['"<riddle>"'],
         [""],
         ['"<riddle>"'],
-        ["<goodnight>"],
+        ["<close>"],
     ],
 }
 
@@ -757,19 +758,19 @@ TASKS = {
         " {friend} wait? => {At spot}].",
     ],
     "how_many": [
-        "{hero:people} bought {n:many} {food:foods.s} in {a thing:vessels}, and {friend:people}"
-        " paid {m:many} coins. How many [{~food.s} did {hero} buy? => {n.Cap}. => And how many"
-        " coins did {friend} pay? => {m.Cap}|coins did {friend} pay? => {m.Cap}. => And how many"
-        " {food.s} did {hero} buy? => {n.Cap}].",
+        "{hero:people} brought {n:many} {food:foods.s} in {a thing:vessels}, and {friend:people}"
+        " gave {hero.him} {m:many} coins for them. How many [{~food.s} did {hero} bring? =>"
+        " {n.Cap}. => And how many coins did {friend} give? => {m.Cap}|coins did {friend} give? =>"
+        " {m.Cap}. => And how many {food.s} did {hero} bring? => {n.Cap}].",
         "{hero:people} had {n:numbers} {food:foods.s} in {a thing:vessels} and gave"
         " {friend:people} {k:part n} of them. How many {food.s} [did {~friend} get? => {k.Cap}."
         " => And how many were left? => {n-k.Cap}|did {~hero} have at first? => {n.Cap}. => And"
         " how many did {friend} get? => {k.Cap}|were left in the {thing}? => {n-k.Cap}. => And"
         " how many did {hero} have at first? => {n.Cap}].",
-        "{hero:people} put {n:few} {food:foods.s} into {a thing:vessels}, and {friend:people}"
+        "{hero:people} put {n:numbers} {food:foods.s} into {a thing:vessels}, and {friend:people}"
         " added {m:few}. How many {food.s} [did {~hero} put into it? => {n.Cap}. => And how many"
         " did {friend} add? => {m.Cap}|did {~friend} add? => {m.Cap}. => And how many did {hero}"
-        " put into it? => {n.Cap}|were in the {thing} then? => {n+m.Cap}. => And how many did"
+        " put into it? => {n.Cap}|2*were in the {thing} then? => {n+m.Cap}. => And how many did"
         " {friend} add? => {m.Cap}].",
     ],
     "write": [

@@ -33,7 +33,7 @@ Freya clapped, and they took the xylophone back to the chapel and played there f
 Ada's aunt made a picture of Ada and Freya with the grey xylophone. It still hangs in the attic
 by the market."""
 GOLDEN = re.sub(r"(?<!\n)\n(?!\n)", " ", GOLDEN)  # a line break within a paragraph is a space
-DIGEST = "c65fd7ee021d92c4e0fa918bf91c778c22576034876ac7f40ff9f29ebd3617e2"
+DIGEST = "468d24bf5fcb514b280db08ebf3c6eaeae7cf661b991f8d4e096d0b590e3783f"
 
 
 class Everything:
@@ -447,9 +447,9 @@ def test_what_is_told_within_a_story_has_people_of_its_own():
     """They may be called like those of the story, which has its own again afterwards."""
     alike = 0
     for story in TOLD:
-        makers = re.findall(r"\"(\w+) made an? ", story.text)
-        alike += story.roles["hero"] in makers or story.roles["friend"] in makers
-        assert not makers or story.roles["friend"] in story.text.rpartition("\n\n")[2]
+        people = re.findall(r"\"(\w+) (?:made|lost|left) an? ", story.text)
+        alike += story.roles["hero"] in people or story.roles["friend"] in people
+        assert not people or story.roles["friend"] in story.text.rpartition("\n\n")[2]
     assert alike > 5
 
 
@@ -458,7 +458,7 @@ def test_an_open_question_is_no_fact():
     asked = 0
     for story in TOLD:
         starts = {start for start, _, _ in story.facts}
-        for match in re.finditer(r"How many (\w+) did \w+ buy\?\" \"(\w+)[.]", story.text):
+        for match in re.finditer(r"How many (\w+) did \w+ bring\?\" \"(\w+)[.]", story.text):
             asked += 1
             assert match.start(1) not in starts and match.start(2) in starts
     assert asked > 20
