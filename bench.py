@@ -14,7 +14,7 @@ AMX, bf16, torch 2.13, November 2026): matrix products 39%, those of the experts
 attention 24%, three quarters of that backward; element by element (norms, SwiGLU, residuals) 14%;
 casts and copies 7%; softmax of the cross-entropy 7%; routing, sorting and gathering 2%; AdamW 1%.
 Decoding a token takes some hundred calls of operations per layer, each over in microseconds: the
-time goes into the calls.
+time goes into the calls. torch.compile leaves a seventh of them at most, and less than a third of the time.
 """
 
 from __future__ import annotations
