@@ -14,7 +14,8 @@ AMX, bf16, torch 2.13, November 2026): matrix products 39%, those of the experts
 attention 24%, three quarters of that backward; element by element (norms, SwiGLU, residuals) 14%;
 casts and copies 7%; softmax of the cross-entropy 7%; routing, sorting and gathering 2%; AdamW 1%.
 Decoding a token takes some hundred calls of operations per layer, each over in microseconds: the
-time goes into the calls. torch.compile leaves a seventh of them at most, and less than a third of the time.
+time goes into the calls. torch.compile leaves a seventh of them at most, and less than a third of
+the time.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Line(NamedTuple):
     what: str
     value: float
     unit: str
-    ratio: float | None = None  # times as fast as `to`; of "context" and "cache" times as much
+    ratio: float | None = None  # times as fast as `to`; in context and cache, times as much
     to: str = ""
 
 
@@ -208,8 +209,8 @@ def dtypes_of(device: torch.device) -> list[torch.dtype]:
 
 
 def train(device: torch.device, rounds: int) -> Iterator[Line]:
-    """Steps of tiny, against transformers (each in every dtype that is real here), a dense model
-    with as many active parameters, and the machine's peak."""
+    """Steps of tiny against transformers (both in fp32 and in the dtype that train.py takes), and
+    against a dense model of as many active parameters; and its TFLOP/s, to hold against `peak`."""
     config = Config.preset("tiny")
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
     contenders, dtype = {}, choose_dtype("auto", device)
@@ -408,9 +409,9 @@ PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, c
 
 
 def print_line(line: Line) -> None:
-    ratio = f"{line.ratio:8.2f}x" if line.ratio else " " * 9
-    to = f" of {line.to}" if line.to else ""
-    print(f"{line.part:<8}{ratio}  {line.what:<36}{line.value:>12,.4g} {line.unit}{to}", flush=True)
+    ratio = f"{line.ratio:.2f} x {line.to}" if line.ratio else ""
+    value = f"{line.value:,.4g} {line.unit}"
+    print(f"{line.part:<8}{line.what:<37}{value:>18}   {ratio}".rstrip(), flush=True)
 
 
 def draw(lines: list[Line], machine: str, target: Path) -> None:

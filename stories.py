@@ -203,7 +203,7 @@ PHRASES = {
     "close": [
         "{hero} <warm>, and {friend} was <joy>.",
         "And so the time flew for {hero} and {friend}.",
-        '"This was a good day," thought {hero}, and {friend} thought so, too.',
+        "It had been a good time, thought {hero}, and {friend} thought so, too.",
     ],
     "pack": [  # each repeats the one before and adds to it
         'I take {a a:things}." "I take {a a} and {a b:things}." "I take {a a}, {a b} and {a'
@@ -221,11 +221,11 @@ PHRASES = {
         " {friend} [had money|knew the shopkeeper] and bought it for {hero}. {hero} carried the"
         " {thing} home, and {friend} was <joy>.",
         "[One day|On <weekday>] {hero} broke {friend}'s {colour} {thing}. The {job:menders}"
-        " mended it for a basket of {food:foods.s}. {hero} brought the {food.s}, and {friend} was"
+        " mended it for a plate of {food:foods.s}. {hero} brought the {food.s}, and {friend} was"
         " <joy>.",
         "[One day|On <weekday>] {hero} met a hungry {beast:wanderers} and gave it {food:foods.s}."
-        " After the {food.s} the {beast} showed {hero} {a colour} {thing} {at place:places}. The"
-        " {thing} [turned out to be|was] {friend}'s.",
+        " When the {food.s} were gone, the {beast} showed {hero} {a colour} {thing} {at"
+        " place:places}. The {thing} [turned out to be|was] {friend}'s.",
     ],
     "farewell": [
         "That was the story of {hero}, {friend} and the {colour} {thing}.",
@@ -674,16 +674,16 @@ PLOTS = {
         ["3*<ending>", "<lesson> <farewell>"],
     ],
     "a rainy day": [
-        ["One [wet|rainy|stormy] <weekday>, {friend:people} came to play. {hero}'s {kin} [knew"
-         " some riddles|had riddles for them].",
+        ["One [wet|rainy|stormy] <weekday>, {friend:people} came to play. {hero} [knew new"
+         " riddles|had riddles for {friend.him}].",
          "It rained all <weekday>. {hero} and {friend:people} [sat by the stove|sat under the"
          " table] and [asked|told] each other riddles."],
         [""],
         ['"<riddle>"'],
-        ['"Right!" said {friend}.', "{friend} <warm>.", "2*"],
+        ['"Right!" said {hero}.', "{friend} <warm>.", "2*"],
         ['"<riddle>"'],
         [""],
-        ['Then they played at repeating. "<<pack>>"',
+        ['Then they played a memory game. "<<pack>>"',
          'Then each repeated what the other had said and added a little. "<<pack>>"'],
         ["<close>"],
     ],
@@ -699,23 +699,23 @@ PLOTS = {
         ['[And one more|And a last one]: "<riddle>"'],
         ["<close>"],
     ],
-    "a sleepless night": [
-        ["One night {hero} and {friend:people} could not sleep, and so they [told stories"
-         "|whispered to each other].",
-         "{friend:people} stayed for the night, and {hero} [said|whispered], \"Let us tell"
-         ' stories!"'],
+    "pencil and paper": [
+        ["One evening {hero} and {friend:people} sat at the table with pencil and paper, and each"
+         " [gave the other a task|told the other what to write].",
+         '{friend:people} had [brought|found] a new pencil. "Now we are writers," {hero} [said'
+         '|decided].'],
         [""],
         ['"<<write>>"'],
-        ["{friend} <warm>.", '"Sleep now!" called {hero.his} {kin}.', "2*"],
+        ["{friend} <warm>.", '"Well done!" said {hero.his} {kin}.', "2*"],
         ['"<<write>>"'],
         [""],
-        ['But {friend} was still awake. "<riddle>"',
+        ['Then {friend} put the pencil away. "<riddle>"',
          '"I know a riddle," said {friend}. "<riddle>"'],
         ["<close>"],
     ],
     "a long way": [
-        ["<oneday>, {hero} and {friend:people} had a long way to go, and so they played at"
-         " [repeating|remembering]."],
+        ["<oneday>, {hero} and {friend:people} had a long way to go, and so they played [memory"
+         " games|games with words]."],
         [""],
         ['"<<pack>>"'],
         ["{friend} <warm>.", "2*"],
@@ -727,9 +727,9 @@ PLOTS = {
 }
 
 # Tasks: a passage, a question and its answer; then a second question and answer, told only within
-# stories. Several people, things and places are in each passage, and several questions can be
-# asked of it, so that no place in the passage is always the right one. "what_next" is asked of
-# the stories that "write" asks for.
+# stories. Each passage names several people, places or numbers, and several questions can be asked
+# of it, so that the answer does not always stand at the same point. "write" asks for a story, and
+# "what_next" how such a story goes on.
 TASKS = {
     "who": [
         "{hero:people} lost {a thing:toys} {at place:places}. {friend:people} looked for it {at"
@@ -768,10 +768,10 @@ TASKS = {
         " how many did {friend} get? => {k.Cap}|were left in the {thing}? => {n-k.Cap}. => And"
         " how many did {hero} have at first? => {n.Cap}].",
         "{hero:people} put {n:numbers} {food:foods.s} into {a thing:vessels}, and {friend:people}"
-        " added {m:few}. How many {food.s} [did {~hero} put into it? => {n.Cap}. => And how many"
-        " did {friend} add? => {m.Cap}|did {~friend} add? => {m.Cap}. => And how many did {hero}"
-        " put into it? => {n.Cap}|2*were in the {thing} then? => {n+m.Cap}. => And how many did"
-        " {friend} add? => {m.Cap}].",
+        " added {m:few}. How many {food.s} [did {~hero} put into the {thing}? => {n.Cap}. => And"
+        " how many did {friend} add? => {m.Cap}|did {~friend} add? => {m.Cap}. => And how many did"
+        " {hero} put into the {thing}? => {n.Cap}|2*were in the {thing} then? => {n+m.Cap}. => And"
+        " how many did {friend} add? => {m.Cap}].",
     ],
     "write": [
         "[Write|Tell me|Make up|Invent|Please write] a short story [about|with] {hero:people},"
@@ -1142,9 +1142,11 @@ class Task:
 
 def instructions(seed: int, held_out: bool = False) -> Iterator[Task]:
     """Endlessly many tasks: of all kinds alike, but numbers, the hardest to learn, twice as often.
-    One (hero, thing) in ten occurs with held_out only.
 
-    Raises ValueError if the seed is negative."""
+    One pair of a person and a thing in ten is kept apart: the hero and the thing of a task with
+    held_out are always such a pair, and without held_out no such pair is ever in one text.
+    Raises ValueError if the seed is negative.
+    """
     if seed < 0:
         raise ValueError(f"seed = {seed} must not be negative")
     return _instructions(Teller(random.Random(seed)), held_out)
@@ -1156,7 +1158,12 @@ def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
         kind = drawn[int(teller.random() * len(drawn))]
         while True:
             roles, path = next(walk(QUESTIONS["write" if kind == "what_next" else kind], teller))
-            if ((roles["hero"].index + roles["thing"].index) % 10 == 0) == held_out:
+            people, things = (
+                [m.index for m in roles.values() if m.kind == sort] for sort in ("name", "object")
+            )
+            kept_apart = [(person + thing) % 10 == 0 for person in people for thing in things]
+            hero_and_thing = (roles["hero"].index + roles["thing"].index) % 10 == 0
+            if hero_and_thing if held_out else not any(kept_apart):
                 break
         whole = told(roles, path)
         instruction, answer, *_ = whole.text.split(" => ")

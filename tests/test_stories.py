@@ -33,7 +33,7 @@ Freya clapped, and they took the xylophone back to the chapel and played there f
 Ada's aunt made a picture of Ada and Freya with the grey xylophone. It still hangs in the attic
 by the market."""
 GOLDEN = re.sub(r"(?<!\n)\n(?!\n)", " ", GOLDEN)  # a line break within a paragraph is a space
-DIGEST = "468d24bf5fcb514b280db08ebf3c6eaeae7cf661b991f8d4e096d0b590e3783f"
+DIGEST = "41fdca83a5c6fc870aecbafe046abf2acd4cb2485b7e7c36c426b44e15fcbf8b"
 
 
 class Everything:
@@ -372,11 +372,18 @@ def test_tasks_are_short(tasks):
             assert len(f"{task.instruction} {task.answer}".split()) <= 220
 
 
-def test_held_out_tasks_share_no_pair_with_the_others(tasks):
+def test_held_out_tasks_put_together_whom_and_what_no_other_task_does(tasks):
     held_out = list(itertools.islice(stories.instructions(1, held_out=True), 600))
     pairs = {(task.facts["hero"], task.facts["thing"]) for task in held_out}
-    others = {(t.facts["hero"], t.facts["thing"]) for row in tasks.values() for t in row}
-    assert not pairs & others
+    others = set()
+    for task in itertools.chain(*tasks.values()):
+        text = f"{task.instruction} {task.answer}"
+        found = (
+            re.findall(rf"\b(?:{stories.SAID[kind].pattern})\b", text)
+            for kind in ("name", "object")
+        )
+        others |= set(itertools.product(*found))
+    assert len(others) > 500 and not pairs & others
     assert {task.kind for task in held_out} == set(tasks)
     assert 0.05 < len(pairs) / (len(pairs) + len(others)) < 0.2
     for task in held_out[:200]:
