@@ -117,6 +117,7 @@ def transformers_twin(model: DeepSeek) -> Any:
     try:
         import transformers
     except ImportError:
+        print("note: its lines are left out without transformers: pip install transformers")
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1059,12 +1059,14 @@ class DeepSeek(nn.Module):
         top_p the fewest that hold that much probability. A row that has said `stop` goes on
         repeating it; all rows done, or the context full, ends the stream. Ids from vocab_size on
         (the padding of the embedding) never come out. compile puts the steps behind the prompt
-        through torch.compile: half a minute at first, and again for another number of rows; then
-        a CPU no longer waits between hundreds of small operations. It pays for few rows.
+        through torch.compile: half a minute at first, and again for the second length and for
+        another number of rows; then a CPU no longer waits between hundreds of small operations.
         Raises ValueError for impossible arguments.
         """
         limit = self.config.max_position_embeddings
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+        if any(row.dim() != 1 for row in rows):
+            raise ValueError("prompts are rows of ids, as in [[0, 5, 7]], also where there is one")
         for bad, message in (
             (self.training, "generate needs model.eval(): token dropping is for training"),
             (not rows or min(map(len, rows)) == 0, "a prompt is empty: give at least one token"),

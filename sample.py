@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def make_parser() -> Parser:
     add("--export", metavar="FOLDER", help="write it in the official format (default: off)")
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there is)")
-    compiled = "torch.compile first: half a minute, then 4 times as fast on a CPU (default: off)"
+    compiled = "torch.compile for a minute, then sample 4 times as fast (default: off)"
     add("--compile", action="store_true", help=compiled)
     dtypes = "of the weights (default: auto, as they are stored)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
@@ -76,6 +77,8 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
+    if args.compile and (args.score or args.export):
+        raise UsageError("--compile is for sampling: leave it out with --score and --export")
     device = choose_device(args.device)
     model, tokenizer = open_model(args.ckpt, device, args.dtype)
     if args.lora:
@@ -92,6 +95,8 @@ def main() -> None:
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     if args.temperature is None:
         args.temperature = 1.0 if args.check else 0.8
+    if args.compile:
+        warm_up(model)
     if args.chat and args.prompt is None:
         chat(model, tokenizer, args, generator)
         return
@@ -106,6 +111,15 @@ def main() -> None:
             print("\n---")
         print("" if args.chat else text, end="", flush=True)
         speak(model, tokenizer, args, prompt, generator)
+
+
+def warm_up(model) -> None:
+    """Compile before anybody waits for the next word. After texts of two lengths any length will
+    do; only many texts at once, as in --check, are compiled anew."""
+    print("compiling, about a minute", file=sys.stderr, flush=True)
+    for length in (1, 2):
+        for _ in model.generate([[0] * length], 4, temperature=0, compile=True):
+            pass
 
 
 def check_length(model, prompt: list[int]) -> None:

@@ -97,7 +97,7 @@ LISTS = {  # list -> (kind, members)
         a tree, polished the spoons, raked the leaves, scrubbed the floor, sorted buttons,
         stacked hay, swept the yard, washed the cups, watered the roses, weeded the path, wound
         the clock"""),
-    "few": ("number", "one, two, three"),
+    "few": ("number", "one, two, three, four"),
     "many": ("number", """four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen,
         fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty"""),
     "numbers": ("number", "four, five, six, seven, eight, nine, ten, eleven, twelve"),

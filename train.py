@@ -165,6 +165,13 @@ def run_script(main: Callable[[], None]) -> None:
         what = str(error).splitlines()[0]
         print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        what = str(error).strip().splitlines()[0]
+        message = f"torch.compile fails here ({what}): leave --compile out"
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -866,8 +873,9 @@ def open_run(args: argparse.Namespace, typed: set[str], parser: Parser) -> dict[
                 continue
             if value != old:
                 old = state["config"].get(name) if old is None else old  # what the size gave
+                longer = " (a larger --steps trains on)" if name == "minutes" else ""
                 raise UsageError(
-                    f"--{name} {value} differs from the run's {old}: leave it out, or start"
+                    f"--{name} {value} differs from the run's {old}: leave it out{longer}, or start"
                     " another run in another --out"
                 )
         keep = {"resume", "out", "fsdp"} | (typed & {"steps", "device", "log_level"})
@@ -1255,7 +1263,7 @@ def check_memory(needed: int, device: torch.device) -> str:
             " free: take a smaller model or --seq_len, more --grad_accum, or"
             " --checkpoint_activations"
         )
-    return f"about {needed / 2**30:.2f} of {free / 2**30:.1f} GiB free"
+    return f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
 
 
 def main() -> None:

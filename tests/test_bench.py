@@ -31,6 +31,34 @@ def test_a_ratio_says_how_many_times_as_fast():
     assert {line.ratio for line in bench.compared("part", "tok/s", 1, seconds, to="")} == {None}
 
 
+def test_what_decodes_is_what_the_line_says(monkeypatch, capsys):
+    said = []
+
+    class Twin(torch.nn.Module):
+        def generate(self, prompt, **limits):
+            return torch.cat([prompt, torch.tensor([said[0]])], 1)
+
+    def generate(self, prompt, new, *, temperature, compile):
+        asked.append(compile)
+        return iter([torch.tensor([7])] * new)
+
+    def take_turns(contenders, device, rounds):
+        for name, call in contenders.items():
+            asked.append(name)
+            call()
+        return dict.fromkeys(contenders, 1.0)
+
+    monkeypatch.setattr(bench, "transformers_twin", lambda model: Twin())
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(DeepSeek, "generate", generate)
+    for twin, noted in ((7, False), (8, True)):
+        said[:], asked = [[twin] * 100], []
+        names = [line.what for line in bench.decode(CPU, 1)]
+        assert ("the two texts differ" in capsys.readouterr().out) == noted
+        assert names == ["deepseek.py", "deepseek.py, compiled", "transformers"]
+        assert asked[-5:] == [names[0], False, names[1], True, names[2]]
+
+
 @pytest.mark.parametrize("equal", ["total", "active"])
 @pytest.mark.parametrize("size", ["tiny", "small", "1b"])
 def test_the_dense_twin_has_as_many_parameters_and_no_experts(size, equal):

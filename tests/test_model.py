@@ -781,7 +781,15 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
         graphs.append(graph)
         return graph
 
-    whole = lambda module: real(module, backend=count, fullgraph=True)  # noqa: E731
+    def whole(module):
+        compiled = real(module, backend=count, fullgraph=True)
+
+        def step(ids, cache):
+            assert ids.shape == (len(prompts), 1)  # the prompt is not compiled
+            return compiled(ids, cache)
+
+        return step
+
     monkeypatch.setattr(torch, "compile", whole)
     model = random_model(small(**GROUPS))
     eager = generated(model, prompts, 30, temperature=0)
@@ -878,6 +886,7 @@ def test_generation_ends_where_the_context_does():
     [
         (dict(prompts=[]), "prompt is empty"),
         (dict(prompts=[[1], []]), "prompt is empty"),
+        (dict(prompts=[1, 2]), "rows of ids"),
         (dict(prompts=[[1] * 128]), "128 tokens leaves no room in the context of 128"),
         (dict(temperature=-1), "temperature"),
         (dict(temperature=math.nan), "temperature"),

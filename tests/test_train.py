@@ -648,3 +648,67 @@ def test_memory_of_8_bit_moments_is_counted():
     args = train.make_parser().parse_args(["--low_memory"])
     train.choose_recipe(args, {})
     assert args.checkpoint_activations
+
+
+# --- how a script ends ---------------------------------------------------------------------------
+
+
+def test_a_process_of_several_leaves_at_once_having_said_all(monkeypatch, tmp_path):
+    did = []
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: did.append("destroyed"))
+    monkeypatch.setattr(train.os, "_exit", lambda code: did.append(code))
+    with open(tmp_path / "out", "w") as out:  # buffered, as a pipe is
+        monkeypatch.setattr(sys, "stdout", out)
+        train.run_script(lambda: print("all done"))
+        assert (tmp_path / "out").read_text() == "all done\n"
+    assert did == ["destroyed", 0]
+
+    def refuse():
+        raise train.UsageError("no")
+
+    with pytest.raises(SystemExit, match="2"):
+        train.run_script(refuse)
+    assert did == ["destroyed", 0]
+
+
+def test_a_machine_that_cannot_compile_gets_a_sentence(run, trained, monkeypatch):
+    def fail(module):
+        raise torch._inductor.exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(torch, "compile", fail)
+    code, _, err = run(f"sample --ckpt {trained} --compile")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("sample.py: torch.compile fails here (No working C++")
+
+    def other(model):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(sample, "warm_up", other)
+    with pytest.raises(RuntimeError, match="ours"):
+        run(f"sample --ckpt {trained} --compile")
+
+
+def test_sample_hands_its_flags_on(run, trained, monkeypatch):
+    asked = []
+
+    def generate(self, prompts, new, **options):
+        asked.append((len(prompts), new, options))
+        return iter([])
+
+    monkeypatch.setattr(DeepSeek, "generate", generate)
+    flags = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
+    assert run(f"sample --ckpt {trained} {flags}")[0] == 0
+    assert run(f"sample --ckpt {trained} {flags} --compile")[0] == 0
+    (plain, *warm, compiled) = asked
+    assert all(options == dict(temperature=0, compile=True) for _, _, options in warm) and warm
+    for (rows, new, options), compile in ((plain, False), (compiled, True)):
+        assert (rows, new, options.pop("compile")) == (1, 9, compile)
+        assert options.pop("generator") and options.pop("vocab_size") == 320
+        assert options == dict(temperature=0.5, top_k=3, top_p=0.7, stop=1)
+
+
+@pytest.mark.parametrize("flag", ["--score x", "--export x"])
+def test_compiling_is_for_sampling(run, trained, flag):
+    code, _, err = run(f"sample --ckpt {trained} --compile {flag}")
+    assert code == 2 and "leave it out" in err
