@@ -663,6 +663,7 @@ def test_a_process_of_several_leaves_at_once_having_said_all(monkeypatch, tmp_pa
         train.run_script(lambda: print("all done"))
         assert (tmp_path / "out").read_text() == "all done\n"
     assert did == ["destroyed", 0]
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
 
     def refuse():
         raise train.UsageError("no")
@@ -704,7 +705,8 @@ def test_sample_hands_its_flags_on(run, trained, monkeypatch):
     assert all(options == dict(temperature=0, compile=True) for _, _, options in warm) and warm
     for (rows, new, options), compile in ((plain, False), (compiled, True)):
         assert (rows, new, options.pop("compile")) == (1, 9, compile)
-        assert options.pop("generator") and options.pop("vocab_size") == 320
+        assert options.pop("generator")
+        assert options.pop("vocab_size") < 320  # the tokenizer's, without padding
         assert options == dict(temperature=0.5, top_k=3, top_p=0.7, stop=1)
 
 
