@@ -258,18 +258,17 @@ def decode(device: torch.device, rounds: int) -> Iterator[Line]:
     torch.manual_seed(0)
     model = DeepSeek(config).to(device).eval()
     prompt = random_ids(config, 1, 16, device)
-    contenders = {
-        name: lambda compile=compile: list(
-            model.generate(prompt, new, temperature=0, compile=compile)
-        )
-        for name, compile in (("deepseek.py", False), ("deepseek.py, compiled", True))
-    }
+
+    def ours(compile: bool) -> list[Tensor]:
+        return list(model.generate(prompt, new, temperature=0, compile=compile))
+
+    contenders = {"deepseek.py": lambda: ours(False), "deepseek.py, compiled": lambda: ours(True)}
     if (twin := transformers_twin(model)) is not None:
         twin = twin.to(device)
         limits = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         contenders["transformers"] = lambda: twin.generate(prompt, **limits)
-        ours = torch.stack(contenders["deepseek.py"](), 1)
-        if not torch.equal(ours, contenders["transformers"]()[:, prompt.shape[1] :]):
+        text = torch.stack(ours(False), 1)
+        if not torch.equal(text, contenders["transformers"]()[:, prompt.shape[1] :]):
             print("note: the two texts differ, as near ties in rounding can make them")
     seconds = take_turns(contenders, device, rounds)
     yield from compared("decode", "tok/s", new, seconds, "transformers")
