@@ -798,6 +798,12 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
     assert 1 <= len(graphs) <= 2  # the first step's, and one for all lengths
     generated(model, prompts, 30, temperature=0, compile=True)
     assert len(graphs) <= 2
+    for more in ([7], [7, 8, 9]):  # after two lengths any will do
+        longer = [prompt + more for prompt in prompts]
+        eager = generated(model, longer, 30 + len(more), temperature=0)
+        told = generated(model, longer, 30 + len(more), temperature=0, compile=True)
+        assert torch.equal(told, eager)
+        assert len(graphs) <= 3
 
 
 def test_prompts_of_different_lengths_continue_as_if_alone():
