@@ -1163,7 +1163,7 @@ def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
             )
             kept_apart = [(person + thing) % 10 == 0 for person in people for thing in things]
             hero_and_thing = (roles["hero"].index + roles["thing"].index) % 10 == 0
-            if hero_and_thing if held_out else not any(kept_apart):
+            if (held_out and hero_and_thing) or not (held_out or any(kept_apart)):
                 break
         whole = told(roles, path)
         instruction, answer, *_ = whole.text.split(" => ")

@@ -381,18 +381,8 @@ def test_numbers_are_asked_for_twice_as_often(tasks):
 
 def answered(passage, question):
     """The number asked for, worked out from the passage's words."""
-    numbers = (
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    )
-    numbers = [
-        *numbers.split(),
-        "fifteen",
-        "sixteen",
-        "seventeen",
-        "eighteen",
-        "nineteen",
-        "twenty",
-    ]
+    numbers = """zero one two three four five six seven eight nine ten eleven twelve thirteen
+        fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
     first, second = (numbers.index(n) for n in re.findall(rf"\b(?:{'|'.join(numbers)})\b", passage))
     giver, taker = re.findall(r"[A-Z]\w+", passage)
     asked = re.search(rf"did ({giver}|{taker})", question)
