@@ -150,7 +150,7 @@ def dense_twin(config: Config, equal: str = "active") -> Config:
 def peak(device: torch.device, rounds: int) -> Iterator[Line]:
     """What the machine can do at most: a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes_of(device):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         seconds = take_turns({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]
         yield Line("peak", name_of(dtype), 2 * n**3 / seconds / 1e12, "TFLOP/s")

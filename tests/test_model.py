@@ -19,6 +19,7 @@ from deepseek import (
     Gate,
     RMSNorm,
     Routing,
+    add_lora,
     balance_loss,
     drop_tokens,
     rope_angles,
@@ -317,36 +318,75 @@ def test_activation_checkpointing_changes_nothing(monkeypatch):
     assert len(calls) == 3  # one per layer
 
 
-def test_compiled_without_a_graph_break():
+def test_compiled_without_a_graph_break(monkeypatch):
     model = random_model(small(num_hidden_layers=2, hidden_size=48, moe_intermediate_size=24))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     ids, targets = torch.randint(0, 96, (2, 2, 16))
     with torch.autocast("cpu", torch.bfloat16):
         close(compiled(ids, targets).loss, model(ids, targets).loss, 1e-3)
-    broken = torch.compile(model, backend="eager")  # in fp32 the experts are looped
+    calls, real = [], Experts.grouped
+    monkeypatch.setattr(Experts, "grouped", lambda *args: calls.append(1) or real(*args))
+    broken = torch.compile(model, backend="eager")  # in fp32 the experts run as they are
     close(broken(ids, targets).loss, model(ids, targets).loss)
+    assert len(calls) == 2
 
 
-def test_chunked_cross_entropy_equals_the_whole(monkeypatch):
-    calls, real = [], deepseek.checkpoint
-    monkeypatch.setattr(deepseek, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
+@pytest.mark.parametrize("chunk", [1, 7, 30, 100])
+def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_two(chunk):
+    x = torch.randn(30, 48, requires_grad=True)
+    weight = torch.randn(96, 48, requires_grad=True)
+    targets = torch.randint(0, 96, (30,))
+    targets[[2, 3, 4, 5, 6, 7, 8, 29]] = -100  # none counts in a whole chunk of one
+    whole = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+    loss = deepseek.HeadLoss.apply(x, weight, targets, chunk)
+    close(loss, whole)
+    wanted = torch.autograd.grad(whole * 0.3, [x, weight])
+    for found, expected in zip(torch.autograd.grad(loss * 0.3, [x, weight]), wanted, strict=True):
+        close(found, expected)
+    frozen = deepseek.HeadLoss.apply(x, weight.detach(), targets, chunk)
+    close(torch.autograd.grad(frozen * 0.3, x)[0], wanted[0])
+
+
+def test_head_and_loss_in_one_keep_no_logits():
+    x = torch.randn(300, 4, requires_grad=True)
+    weight = torch.randn(200, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), id):
+        deepseek.HeadLoss.apply(x, weight, torch.zeros(300, dtype=torch.long), 100)
+    assert sorted(kept) == [weight.shape, x.shape]
+
+
+def test_improbable_targets_cost_what_they_should():
+    x, weight = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [500.0]])
+    loss = deepseek.HeadLoss.apply(x, weight, torch.tensor([0]), 1)  # p = exp(-500) is 0 in fp32
+    assert loss.item() == 500
+    assert torch.autograd.grad(loss, x)[0].item() == 500
+
+
+def test_loss_is_the_same_with_an_adapted_head_and_without_gradients():
     model = random_model(small()).train()
-    x = torch.randn(3, 10, 48, requires_grad=True)
-    targets = torch.randint(0, 96, (3, 10))
+    x = torch.randn(300, 40, 48)  # 12,000 tokens: two chunks
+    targets = torch.randint(0, 96, (300, 40))
     targets[1, 4:] = -100
-    results = []
-    for keep_elements in (2**25, 0):
-        loss = model.cross_entropy(x, targets, keep_elements)
-        results.append((loss, *torch.autograd.grad(loss, [x, model.lm_head.weight])))
-    expected = F.cross_entropy(model.lm_head(x).flatten(0, 1), targets.flatten())
-    close(results[0][0], expected)
-    for a, b in zip(*results, strict=True):
-        close(a, b)
-    assert len(calls) == 1
-    assert model.cross_entropy(x, torch.full_like(targets, -100)).item() == 0
-    many = x.repeat(400, 1, 1), targets.repeat(400, 1)  # 12,000 tokens: two chunks
-    assert torch.allclose(model.cross_entropy(*many, 0), expected)
-    assert len(calls) == 3
+    expected = _whole(model, x, targets)
+    assert torch.allclose(model.cross_entropy(x, targets), expected)
+    with torch.no_grad():
+        assert torch.allclose(model.cross_entropy(x, targets), expected)
+    nothing = torch.full_like(targets, -100)
+    assert model.cross_entropy(x, nothing).item() == 0
+    add_lora(model, targets=["lm_head"], dropout=0.5)
+    model.lm_head.lora_B.weight.data.normal_()
+    close(model.eval().cross_entropy(x, targets), _whole(model, x, targets))
+    torch.manual_seed(0)
+    dropped = model.train().cross_entropy(x[:1], targets[:1])
+    torch.manual_seed(0)
+    close(dropped, _whole(model, x[:1], targets[:1]))
+    dropped.backward()
+    assert model.lm_head.lora_B.weight.grad.abs().sum() > 0
+
+
+def _whole(model, x, targets):
+    return F.cross_entropy(model.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 def test_cross_entropy_is_taken_in_float32():
