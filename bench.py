@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from train import (
     autocast,
     choose_device,
     choose_dtype,
+    keep_freed_memory,
     make_optimizer,
     number,
     run_script,
@@ -112,13 +114,18 @@ def flops_per_token(model: DeepSeek, length: int) -> float:
     return 6 * model.num_parameters()[1] + 3 * pairs * length / 2
 
 
-def transformers_twin(model: DeepSeek) -> Any:
-    """transformers' model with the same weights; None without the library."""
-    try:
-        import transformers
-    except ImportError:
+def has_transformers() -> bool:
+    """Whether the library is installed; if not, it says what is missing."""
+    found = importlib.util.find_spec("transformers") is not None
+    if not found:
         print("note: its lines are left out without transformers: pip install transformers")
-        return None
+    return found
+
+
+def transformers_twin(model: DeepSeek) -> Any:
+    """transformers' model with the same weights."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -199,36 +206,68 @@ def our_step(
     return training_step(model, loss, device, dtype, low_memory)
 
 
-def random_ids(config: Config, batch: int, length: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
-
-
 def dtypes_of(device: torch.device) -> list[torch.dtype]:
     """fp32, and what train.py would take."""
     return list(dict.fromkeys([torch.float32, choose_dtype("auto", device)]))
 
 
+def random_ids(config: Config, batch: int, length: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
+
+
+def their_steps(pipe: Any, config: Config, ids: Tensor, dtype: torch.dtype, keep: bool) -> None:
+    """In a process of its own: a training step of transformers for each message from pipe."""
+    if keep:
+        keep_freed_memory()
+    twin, x = transformers_twin(DeepSeek(config)), ids[:, :-1]
+
+    def loss() -> Tensor:
+        return twin(input_ids=x, labels=x, use_cache=False).loss  # it shifts the labels itself
+
+    step = training_step(twin, loss, ids.device, dtype)
+    with suppress(EOFError):  # until nobody asks any more
+        while True:
+            pipe.recv()
+            step()
+            wait(ids.device)
+            pipe.send(None)
+
+
+def apart(target: Callable[..., None], *args: Any) -> Callable[[], Any]:
+    """target(pipe, *args) in a process of its own; what is returned asks it once, and waits."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    spawn.Process(target=target, args=(there, *args), daemon=True).start()
+    there.close()
+
+    def ask() -> Any:
+        here.send(None)
+        return here.recv()
+
+    return ask
+
+
 def train(device: torch.device, rounds: int) -> Iterator[Line]:
     """Steps of tiny against transformers (both in fp32 and in the dtype that train.py takes), and
-    against a dense model of as many active parameters; and its TFLOP/s, to hold against `peak`."""
+    against a dense model of as many active parameters; and its TFLOP/s, to hold against `peak`.
+
+    transformers runs in a process of its own, once as it comes and on a CPU once more with
+    `keep_freed_memory`, which the scripts call for themselves.
+    """
     config = Config.preset("tiny")
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
-    contenders, dtype = {}, choose_dtype("auto", device)
+    contenders, dtype, theirs = {}, choose_dtype("auto", device), has_transformers()
     for kind in dtypes_of(device):
         contenders[f"deepseek.py, {name_of(kind)}"] = our_step(config, ids, device, kind)
-        if (twin := transformers_twin(DeepSeek(config))) is not None:
-            x = ids[:, :-1]  # it shifts the labels itself
-
-            def loss(twin=twin, x=x) -> Tensor:
-                return twin(input_ids=x, labels=x, use_cache=False).loss
-
-            contenders[f"transformers, {name_of(kind)}"] = training_step(twin, loss, device, kind)
+        for keep in ((False, True) if device.type == "cpu" else (False,)) if theirs else ():
+            name = f"transformers, {name_of(kind)}" + (", memory kept" if keep else "")
+            contenders[name] = apart(their_steps, config, ids, kind, keep)
     contenders["dense, as many active"] = our_step(dense_twin(config), ids, device, dtype)
     seconds = take_turns(contenders, device, rounds)
     tokens = TRAINING["batch"] * TRAINING["length"]
-    peers = {name: t for name, t in seconds.items() if name.startswith("transformers")}
-    yield from compared("train", "tok/s", tokens, seconds, min(peers, key=peers.get, default=""))
+    peers = {f"transformers, {name_of(kind)}" for kind in dtypes_of(device)} & set(seconds)
+    yield from compared("train", "tok/s", tokens, seconds, min(peers, key=seconds.get, default=""))
     ours = seconds[f"deepseek.py, {name_of(dtype)}"]
     overhead = ours / seconds["dense, as many active"]
     yield Line("train", "MoE step over dense step", overhead, "times")
@@ -263,8 +302,8 @@ def decode(device: torch.device, rounds: int) -> Iterator[Line]:
         return list(model.generate(prompt, new, temperature=0, compile=compile))
 
     contenders = {"deepseek.py": lambda: ours(False), "deepseek.py, compiled": lambda: ours(True)}
-    if (twin := transformers_twin(model)) is not None:
-        twin = twin.to(device)
+    if has_transformers():
+        twin = transformers_twin(model).to(device)
         limits = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         contenders["transformers"] = lambda: twin.generate(prompt, **limits)
         text = torch.stack(ours(False), 1)
@@ -486,6 +525,7 @@ def main() -> None:
     print(machine)
     lines = []
     for name in chosen:
+        torch.compiler.reset()  # else shapes of one part would make the next compile for any shape
         for line in PARTS[name](device, args.rounds):
             lines.append(line)
             print_line(line)

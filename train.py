@@ -13,6 +13,7 @@ Pretrain a DeepSeek-V2 of any size.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -140,6 +141,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(), turning what a user can mend into one sentence and exit code 2."""
+    keep_freed_memory()
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a console cannot say becomes a '?'
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -172,6 +174,18 @@ def run_script(main: Callable[[], None]) -> None:
         message = f"torch.compile fails here ({what}): leave --compile out"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as the next step asks for the same blocks again: without
+    fetching their pages anew, a step of tiny takes 5 to 10% less on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**25)  # the most that is allowed
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:

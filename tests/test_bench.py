@@ -23,6 +23,47 @@ def test_contenders_take_turns_and_the_first_call_of_each_is_not_measured(monkey
     assert seconds == {"a": 127, "b": 217}  # medians: means would be 159 and 249
 
 
+def count(pipe, first):
+    for n in (first, first + 1):
+        pipe.recv()
+        pipe.send(n)
+
+
+def test_one_apart_is_asked_once_a_call_in_a_process_of_its_own(capfd):
+    ask = bench.apart(count, 5)
+    assert (ask(), ask()) == (5, 6)
+    with pytest.raises((EOFError, OSError)):  # it has left
+        ask()
+
+
+def test_transformers_is_held_against_as_it_comes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "our_step", lambda *args: len)
+    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args) or len)
+    monkeypatch.setattr(bench, "has_transformers", lambda: True)
+    monkeypatch.setattr(bench, "dtypes_of", lambda device: [torch.float32, torch.bfloat16])
+    monkeypatch.setattr(bench, "choose_dtype", lambda auto, device: torch.bfloat16)
+    names = [f"{who}, {kind}" for kind in ("float32", "bfloat16") for who in ("a", "b", "b kept")]
+    times = dict(zip(names, (1, 4, 2, 2, 3, 1), strict=True))
+    names = {"a": "deepseek.py", "b": "transformers", "b kept": "transformers"}
+
+    def take_turns(contenders, device, rounds):
+        seconds = {}
+        for key, time in times.items():
+            who, _, kind = key.partition(", ")
+            seconds[f"{names[who]}, {kind}" + ", memory kept" * who.endswith("kept")] = time
+        assert list(contenders) == [*seconds, "dense, as many active"]
+        return seconds | {"dense, as many active": 0.5}
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    lines = list(bench.train(CPU, 1))
+    assert {line.to for line in lines if line.to} == {"transformers, bfloat16"}  # 3 s, not 1 or 4
+    assert [line.ratio for line in lines[:6]] == [3, 0.75, 1.5, 1.5, None, 3]
+    assert lines[-2].value == 4 and lines[-2].unit == "times"
+    twin = [(dtype, keep) for _, _, _, dtype, keep in asked]
+    assert twin == [(k, keep) for k in (torch.float32, torch.bfloat16) for keep in (False, True)]
+
+
 def test_a_ratio_says_how_many_times_as_fast():
     seconds = {"slow": 4.0, "fast": 2.0}
     slow, fast = bench.compared("part", "tok/s", 100, seconds, to="slow")
