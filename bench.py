@@ -6,8 +6,8 @@ What deepseek.py costs in time and memory, against its peers and the machine's l
     python bench.py --device cuda --json bench.json --picture bench.png
 
 Where two things are compared they take turns in one run; what is told is the median. "transformers"
-is the library's DeepSeek-V2 with the same shape and weights, as it comes; without the library those
-lines are left out.
+is the library's DeepSeek-V2 of the same shape, as it comes, and in decoding with the same weights;
+without the library those lines are left out.
 
 Where the time of a training step of tiny goes (torch.profiler, one thread of an AMD EPYC without
 AMX, bf16, torch 2.13, November 2026): matrix products 39%, those of the experts among them; flash
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import multiprocessing
 import statistics
 import sys
@@ -115,11 +114,13 @@ def flops_per_token(model: DeepSeek, length: int) -> float:
 
 
 def has_transformers() -> bool:
-    """Whether the library is installed; if not, it says what is missing."""
-    found = importlib.util.find_spec("transformers") is not None
-    if not found:
+    """Whether the library can be imported; if not, it says so."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
         print("note: its lines are left out without transformers: pip install transformers")
-    return found
+        return False
+    return True
 
 
 def transformers_twin(model: DeepSeek) -> Any:
@@ -216,21 +217,23 @@ def random_ids(config: Config, batch: int, length: int, device: torch.device) ->
     return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
 
 
-def their_steps(pipe: Any, config: Config, ids: Tensor, dtype: torch.dtype, keep: bool) -> None:
-    """In a process of its own: a training step of transformers for each message from pipe."""
+def their_steps(pipe: Any, device: str, dtype: torch.dtype, keep: bool) -> None:
+    """In a process of its own: a training step of transformers' tiny for each message in pipe."""
     if keep:
         keep_freed_memory()
-    twin, x = transformers_twin(DeepSeek(config)), ids[:, :-1]
+    config, place = Config.preset("tiny"), torch.device(device)
+    ids = random_ids(config, TRAINING["batch"], TRAINING["length"], place)
+    twin = transformers_twin(DeepSeek(config))
 
     def loss() -> Tensor:
-        return twin(input_ids=x, labels=x, use_cache=False).loss  # it shifts the labels itself
+        return twin(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts the labels itself
 
-    step = training_step(twin, loss, ids.device, dtype)
-    with suppress(EOFError):  # until nobody asks any more
+    step = training_step(twin, loss, place, dtype)
+    with suppress(EOFError, KeyboardInterrupt):  # until nobody asks any more
         while True:
             pipe.recv()
             step()
-            wait(ids.device)
+            wait(place)
             pipe.send(None)
 
 
@@ -242,8 +245,12 @@ def apart(target: Callable[..., None], *args: Any) -> Callable[[], Any]:
     there.close()
 
     def ask() -> Any:
-        here.send(None)
-        return here.recv()
+        try:
+            here.send(None)
+            return here.recv()
+        except (EOFError, OSError) as error:
+            message = f"the process of {target.__name__} has ended: see above, or use --only"
+            raise UsageError(message) from error
 
     return ask
 
@@ -255,18 +262,20 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
     transformers runs in a process of its own, once as it comes and on a CPU once more with
     `keep_freed_memory`, which the scripts call for themselves.
     """
-    config = Config.preset("tiny")
+    config, dtype = Config.preset("tiny"), choose_dtype("auto", device)
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
-    contenders, dtype, theirs = {}, choose_dtype("auto", device), has_transformers()
+    contenders, peers, theirs = {}, [], has_transformers()
     for kind in dtypes_of(device):
         contenders[f"deepseek.py, {name_of(kind)}"] = our_step(config, ids, device, kind)
-        for keep in ((False, True) if device.type == "cpu" else (False,)) if theirs else ():
-            name = f"transformers, {name_of(kind)}" + (", memory kept" if keep else "")
-            contenders[name] = apart(their_steps, config, ids, kind, keep)
+        if theirs:
+            peers.append(f"transformers, {name_of(kind)}")
+            contenders[peers[-1]] = apart(their_steps, str(device), kind, False)
+        if theirs and device.type == "cpu":
+            kept = apart(their_steps, str(device), kind, True)
+            contenders[f"{peers[-1]}, memory kept"] = kept
     contenders["dense, as many active"] = our_step(dense_twin(config), ids, device, dtype)
     seconds = take_turns(contenders, device, rounds)
     tokens = TRAINING["batch"] * TRAINING["length"]
-    peers = {f"transformers, {name_of(kind)}" for kind in dtypes_of(device)} & set(seconds)
     yield from compared("train", "tok/s", tokens, seconds, min(peers, key=seconds.get, default=""))
     ours = seconds[f"deepseek.py, {name_of(dtype)}"]
     overhead = ours / seconds["dense, as many active"]
@@ -395,24 +404,22 @@ def peak_memory() -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def one_step(size: str, device: str, length: int, low_memory: bool, queue: Any) -> None:
-    """In a process of its own: a training step of one row, and the peak of memory it took."""
+def some_steps(size: str, device: str, length: int, low_memory: bool, rounds: int, queue) -> None:
+    """In a process of its own: the peak of memory of training steps of one row, and the seconds
+    of one."""
+    keep_freed_memory()
     place, config = torch.device(device), Config.preset(size)
     config = replace(config, max_position_embeddings=length)
     ids = random_ids(config, 1, length + 1, place)
     dtype = choose_dtype("auto", place)
     step = our_step(config, ids, place, dtype, low_memory=low_memory)
-    step()
-    seconds = take_turns({"": step}, place, 3)[""] if place.type == "cuda" else math.nan
-    if place.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated(place)
-    else:
-        peak_bytes = peak_memory()
-    queue.put((peak_bytes, seconds))
+    seconds = take_turns({"": step}, place, rounds)[""]
+    cuda = place.type == "cuda"
+    queue.put((torch.cuda.max_memory_allocated(place) if cuda else peak_memory(), seconds))
 
 
 def memory(device: torch.device, rounds: int) -> Iterator[Line]:
-    """The peak of a training step of one row, in a process of its own."""
+    """The peak and the speed of training steps of one row, in a process of their own."""
     peak_memory()  # where nobody tells, say so now
     length = 1024 if device.type == "cuda" else 256
     spawn = multiprocessing.get_context("spawn")
@@ -420,7 +427,8 @@ def memory(device: torch.device, rounds: int) -> Iterator[Line]:
         if low and not importlib.util.find_spec("torchao"):
             continue
         queue = spawn.Queue()
-        process = spawn.Process(target=one_step, args=(size, str(device), length, low, queue))
+        task = (size, str(device), length, low, min(rounds, 3), queue)
+        process = spawn.Process(target=some_steps, args=task)
         process.start()
         while process.is_alive() and queue.empty():
             time.sleep(0.1)
@@ -431,12 +439,11 @@ def memory(device: torch.device, rounds: int) -> Iterator[Line]:
         peak_bytes, seconds = queue.get()
         process.join()
         yield Line("memory", f"{name}, a step of 1 x {length}", peak_bytes / 2**30, "GiB")
-        if not math.isnan(seconds):
-            with torch.device("meta"):
-                model = DeepSeek(Config.preset(size))
-            rate = flops_per_token(model, length) * length / seconds / 1e12
-            yield Line("memory", f"{name}, speed", length / seconds, "tok/s")
-            yield Line("memory", f"{name}, speed", rate, "TFLOP/s")
+        yield Line("memory", f"{name}, speed", length / seconds, "tok/s")
+        with torch.device("meta"):
+            model = DeepSeek(Config.preset(size))
+        rate = flops_per_token(model, length) * length / seconds / 1e12
+        yield Line("memory", f"{name}, speed", rate, "TFLOP/s")
 
 
 PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, cache, memory)}
@@ -470,7 +477,7 @@ def draw(lines: list[Line], machine: str, target: Path) -> None:
         bars = axis.barh([li.what for li in some], [li.value for li in some], color=colors)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
+        axis.margins(x=0.3)
         axis.set_xlabel("tokens per second")
         axis.set_title(title)
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -525,7 +532,7 @@ def main() -> None:
     print(machine)
     lines = []
     for name in chosen:
-        torch.compiler.reset()  # else shapes of one part would make the next compile for any shape
+        torch.compiler.reset()  # else it would take this part's shapes for ever changing ones
         for line in PARTS[name](device, args.rounds):
             lines.append(line)
             print_line(line)

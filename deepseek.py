@@ -692,7 +692,7 @@ class Experts(nn.Module):
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
         elif torch.compiler.is_compiling() and dtype != torch.bfloat16:
-            run = torch.compiler.disable(run)  # grouped_mm is traced in bf16 only
+            run = torch.compiler.disable(run)  # neither is traced; grouped is in bf16
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
@@ -892,31 +892,36 @@ class HeadLoss(torch.autograd.Function):
     At V = 102,400 one sequence of 4,096 tokens has 1.7 GB of logits. But their gradient is
     p - onehot(target) and needs nothing that comes later, except for a factor. So the gradients
     of x and W are made in the forward pass, a chunk of tokens at a time, and the chunk's logits
-    are forgotten.
+    are forgotten. That of W, in fp32, waits for the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """x [N, D], weight [V, D], targets [N] with -100 where none counts -> a scalar, fp32."""
         w = weight.to(product_dtype(x))  # V D
-        total = torch.zeros((), device=x.device)
-        grad_x, grad_w = [], torch.zeros_like(weight, dtype=torch.float32)
+        total, grad_x, grad_w = torch.zeros((), device=x.device), [], None
+        if ctx.needs_input_grad[1]:  # a frozen head is told nothing
+            grad_w = torch.zeros_like(weight, dtype=torch.float32)
         for part, target in zip(x.split(chunk), targets.unsqueeze(1).split(chunk), strict=True):
-            counts, target = target != -100, target.clamp(min=0)  # n 1, n 1
+            counts = target != -100  # n 1
+            target = target.masked_fill(~counts, 0)  # n 1
             logp = (part @ w.T).log_softmax(-1, dtype=torch.float32)  # n V
             total -= (logp.gather(1, target) * counts).sum()
-            minus_one = torch.full_like(target, -1, dtype=torch.float32)
-            grad = logp.exp_().scatter_add_(1, target, minus_one).to(w.dtype)  # n V
+            p, minus_one = logp.exp_(), torch.full_like(target, -1, dtype=torch.float32)
+            grad = p.scatter_add_(1, target, minus_one).to(w.dtype)  # n V
             grad_x.append((grad @ w) * counts)  # n D
-            if ctx.needs_input_grad[1]:
+            if grad_w is not None:
                 grad_w += grad.T @ (part * counts)  # V D
-        ctx.save_for_backward(torch.cat(grad_x), grad_w.to(weight.dtype))
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * factor, grad_w * factor, None, None
+        if grad_w is not None:
+            grad_w = (grad_w * factor).to(ctx.dtype)
+        return grad_x * factor, grad_w, None, None
 
 
 class DeepSeek(nn.Module):
@@ -979,16 +984,21 @@ class DeepSeek(nn.Module):
         return Output(None, self.cross_entropy(x, targets), aux_loss, load)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of x [B, T, D] against targets [B, T], without logits."""
+        """Mean cross-entropy in nats of x [B, T, D] against targets [B, T]; no logits are kept."""
         x, targets = x.flatten(0, 1), targets.flatten()  # B*T D, B*T
         # A chunk's logits fit the processor's cache, or take 128 MB of a GPU.
         chunk = max(1, 2 ** (20 if x.device.type == "cpu" else 25) // self.config.vocab_size)
-        if torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
+        plain = type(self.lm_head) is nn.Linear and product_dtype(x) != torch.float16
+        if plain and torch.is_grad_enabled():
             total = HeadLoss.apply(x, self.lm_head.weight, targets, chunk)
-        else:  # without gradients, or with an adapter
-            parts = zip(x.split(chunk), targets.split(chunk), strict=True)
-            logits = ((self.lm_head(x).float(), target) for x, target in parts)
-            total = sum(F.cross_entropy(*pair, reduction="sum") for pair in logits)
+        else:  # no gradients; an adapter's; or fp16, where they must be made with the loss scaled
+
+            def loss(x: Tensor, target: Tensor) -> Tensor:
+                return F.cross_entropy(self.lm_head(x).float(), target, reduction="sum")
+
+            total = torch.zeros((), device=x.device)
+            for part in zip(x.split(chunk), targets.split(chunk), strict=True):
+                total = total + checkpoint(loss, *part, use_reentrant=False)
         return total / (targets != -100).sum().clamp(min=1)
 
     @classmethod

@@ -7,6 +7,7 @@ import torch
 from conftest import small
 
 import bench
+import train
 from deepseek import Config, DeepSeek
 
 CPU = torch.device("cpu")
@@ -29,39 +30,41 @@ def count(pipe, first):
         pipe.send(n)
 
 
-def test_one_apart_is_asked_once_a_call_in_a_process_of_its_own(capfd):
+def test_one_apart_is_asked_once_a_call_in_a_process_of_its_own():
     ask = bench.apart(count, 5)
     assert (ask(), ask()) == (5, 6)
-    with pytest.raises((EOFError, OSError)):  # it has left
+    with pytest.raises(train.UsageError, match="the process of count has ended"):
         ask()
 
 
-def test_transformers_is_held_against_as_it_comes(monkeypatch):
+def test_training_is_held_against_the_better_transformers_as_it_comes(monkeypatch):
+    seconds = {
+        "deepseek.py, float32": 1,
+        "transformers, float32": 4,
+        "transformers, float32, memory kept": 2,
+        "deepseek.py, bfloat16": 2,
+        "transformers, bfloat16": 3,
+        "transformers, bfloat16, memory kept": 1,
+        "dense, as many active": 0.5,
+    }
     asked = []
+
+    def take_turns(contenders, device, rounds):
+        assert list(contenders) == list(seconds)
+        return seconds
+
     monkeypatch.setattr(bench, "our_step", lambda *args: len)
-    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args) or len)
+    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args[1:]) or len)
     monkeypatch.setattr(bench, "has_transformers", lambda: True)
     monkeypatch.setattr(bench, "dtypes_of", lambda device: [torch.float32, torch.bfloat16])
     monkeypatch.setattr(bench, "choose_dtype", lambda auto, device: torch.bfloat16)
-    names = [f"{who}, {kind}" for kind in ("float32", "bfloat16") for who in ("a", "b", "b kept")]
-    times = dict(zip(names, (1, 4, 2, 2, 3, 1), strict=True))
-    names = {"a": "deepseek.py", "b": "transformers", "b kept": "transformers"}
-
-    def take_turns(contenders, device, rounds):
-        seconds = {}
-        for key, time in times.items():
-            who, _, kind = key.partition(", ")
-            seconds[f"{names[who]}, {kind}" + ", memory kept" * who.endswith("kept")] = time
-        assert list(contenders) == [*seconds, "dense, as many active"]
-        return seconds | {"dense, as many active": 0.5}
-
     monkeypatch.setattr(bench, "take_turns", take_turns)
-    lines = list(bench.train(CPU, 1))
-    assert {line.to for line in lines if line.to} == {"transformers, bfloat16"}  # 3 s, not 1 or 4
-    assert [line.ratio for line in lines[:6]] == [3, 0.75, 1.5, 1.5, None, 3]
-    assert lines[-2].value == 4 and lines[-2].unit == "times"
-    twin = [(dtype, keep) for _, _, _, dtype, keep in asked]
-    assert twin == [(k, keep) for k in (torch.float32, torch.bfloat16) for keep in (False, True)]
+    *lines, overhead, _ = bench.train(CPU, 1)
+    assert {line.to for line in lines if line.to} == {"transformers, bfloat16"}
+    assert [line.ratio for line in lines] == [3, 0.75, 1.5, 1.5, None, 3, 6]
+    assert overhead == bench.Line("train", "MoE step over dense step", 4, "times")
+    kinds = (torch.float32, torch.bfloat16)
+    assert asked == [("cpu", kind, keep) for kind in kinds for keep in (False, True)]
 
 
 def test_a_ratio_says_how_many_times_as_fast():
@@ -89,6 +92,7 @@ def test_what_decodes_is_what_the_line_says(monkeypatch, capsys):
             call()
         return dict.fromkeys(contenders, 1.0)
 
+    monkeypatch.setattr(bench, "has_transformers", lambda: True)
     monkeypatch.setattr(bench, "transformers_twin", lambda model: Twin())
     monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(DeepSeek, "generate", generate)

@@ -331,6 +331,19 @@ def test_compiled_without_a_graph_break(monkeypatch):
     assert len(calls) == 2
 
 
+def test_compiled_gradients_are_those_of_eager():
+    model = random_model(small(num_hidden_layers=2, hidden_size=48, moe_intermediate_size=24))
+    ids, targets = torch.randint(0, 96, (2, 2, 16))
+    ends = [model.model.embed_tokens.weight, model.lm_head.weight]
+    found = []
+    for forward in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(ids, targets).loss
+        found.append(torch.autograd.grad(loss, ends))
+    for compiled, eager in zip(*found, strict=True):
+        close(compiled, eager, 1e-2)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 30, 100])
 def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_two(chunk):
     x = torch.randn(30, 48, requires_grad=True)
@@ -343,6 +356,8 @@ def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_two(chunk):
     wanted = torch.autograd.grad(whole * 0.3, [x, weight])
     for found, expected in zip(torch.autograd.grad(loss * 0.3, [x, weight]), wanted, strict=True):
         close(found, expected)
+    with pytest.raises((IndexError, RuntimeError)):  # another negative number is no sign
+        deepseek.HeadLoss.apply(x, weight, targets.masked_fill(targets == -100, -1), chunk)
     frozen = deepseek.HeadLoss.apply(x, weight.detach(), targets, chunk)
     close(torch.autograd.grad(frozen * 0.3, x)[0], wanted[0])
 
@@ -363,7 +378,7 @@ def test_improbable_targets_cost_what_they_should():
     assert torch.autograd.grad(loss, x)[0].item() == 500
 
 
-def test_loss_is_the_same_with_an_adapted_head_and_without_gradients():
+def test_loss_is_the_same_with_an_adapted_head_in_fp16_and_without_gradients(monkeypatch):
     model = random_model(small()).train()
     x = torch.randn(300, 40, 48)  # 12,000 tokens: two chunks
     targets = torch.randint(0, 96, (300, 40))
@@ -374,11 +389,16 @@ def test_loss_is_the_same_with_an_adapted_head_and_without_gradients():
         assert torch.allclose(model.cross_entropy(x, targets), expected)
     nothing = torch.full_like(targets, -100)
     assert model.cross_entropy(x, nothing).item() == 0
+    few = x[:8].clone().requires_grad_(), targets[:8]
+    half, whole = random_model(small()).half(), random_model(small())
+    with monkeypatch.context() as patch:  # what a scaler multiplies must not have vanished before
+        patch.setattr(deepseek.HeadLoss, "apply", None)
+        close(half.cross_entropy(few[0].half(), few[1]), _whole(whole, *few), 1e-2)
     add_lora(model, targets=["lm_head"], dropout=0.5)
     model.lm_head.lora_B.weight.data.normal_()
     close(model.eval().cross_entropy(x, targets), _whole(model, x, targets))
     torch.manual_seed(0)
-    dropped = model.train().cross_entropy(x[:1], targets[:1])
+    dropped = model.train().cross_entropy(x[:1], targets[:1])  # one chunk
     torch.manual_seed(0)
     close(dropped, _whole(model, x[:1], targets[:1]))
     dropped.backward()
