@@ -1304,6 +1304,8 @@ def main() -> None:
             "--low_memory is for one process, without --bias_update_speed: its rounding is random,"
             " and a bias in bf16 would stand still"
         )
+    if args.low_memory and dtype == torch.float32:
+        print_unless_quiet(args, "note     --low_memory computes in bf16: very slow on this device")
 
     # 2. Text
     torch.manual_seed(args.seed)

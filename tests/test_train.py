@@ -516,6 +516,9 @@ def test_low_memory_trains_in_bf16_with_8_bit_moments_and_resumes_to_the_same_bi
     line = line.replace("--hidden_size 32", "--hidden_size 64")  # a matrix below 4,096 stays whole
     assert run(f"{line} --steps 6 --out {tmp_path / 'a'}")[0] == 0
     assert run(f"{line} --steps 3 --out {tmp_path / 'b'}")[0] == 0
+    for dtype in ("float32", "bfloat16"):
+        code, out, _ = run(f"{line} --steps 1 --dtype {dtype} --out {tmp_path / dtype}")
+        assert code == 0 and ("very slow" in out) == (dtype == "float32")
     assert run(f"train --resume --steps 6 --out {tmp_path / 'b'}")[0] == 0
     a, b = (train.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
     assert {t.dtype for t in a["model"].values()} == {torch.bfloat16}
