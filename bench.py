@@ -480,6 +480,7 @@ def draw(lines: list[Line], machine: str, target: Path) -> None:
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.3)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel("tokens per second")
         axis.set_title(title)
     curves: dict[str, list[tuple[int, float]]] = {}
