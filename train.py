@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
     mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**25)  # the most that is allowed
+    mallopt(mmap_threshold, 2**25)  # the most that every version takes
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 (imported in a run, it would keep frames, and so the lock)
 import pytest
 import torch
 

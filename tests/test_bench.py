@@ -1,6 +1,8 @@
 """bench.py: what it counts and compares is what it says. No time is asserted."""
 
 import json
+import queue
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import small
 
 import bench
 import train
-from deepseek import Config, DeepSeek
+from deepseek import Config, DeepSeek, Output
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,95 @@ def test_training_is_held_against_the_better_transformers_as_it_comes(monkeypatc
     assert overhead == bench.Line("train", "MoE step over dense step", 4, "times")
     kinds = (torch.float32, torch.bfloat16)
     assert asked == [("cpu", kind, keep) for kind in kinds for keep in (False, True)]
+
+
+def test_without_transformers_its_lines_are_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench, "our_step", lambda *args: len)
+    monkeypatch.setattr(bench, "take_turns", lambda names, *_: dict.fromkeys(names, 1.0))
+    *lines, _, rate = bench.train(CPU, 1)
+    assert "pip install transformers" in capsys.readouterr().out
+    assert not any("transformers" in line.what or line.ratio for line in lines)
+    operations = bench.flops_per_token(DeepSeek(Config.preset("tiny")), 256) * 8 * 256
+    assert rate.value == pytest.approx(operations / 1e12)
+    assert {line.what for line in bench.decode(CPU, 1)} == {"deepseek.py", "deepseek.py, compiled"}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_step_of_transformers_for_each_message(monkeypatch, keep):
+    seen, kept, messages, answers = [], [], [None, None], []
+
+    class Twin(torch.nn.Linear):
+        def forward(self, input_ids, labels, use_cache):
+            dtype = super().forward(torch.ones(1)).dtype
+            seen.append((tuple(input_ids.shape), input_ids is labels, dtype))
+            return Output(None, self.weight.sum(), None, None)
+
+    class Pipe:
+        send = answers.append
+
+        def recv(self):
+            if not messages:
+                raise EOFError
+            return messages.pop()
+
+    monkeypatch.setattr(bench, "transformers_twin", lambda model: Twin(1, 1))
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(1))
+    bench.their_steps(Pipe(), "cpu", torch.bfloat16, keep)
+    assert seen == [((8, 256), True, torch.bfloat16)] * 2
+    assert answers == [None] * 2 and len(kept) == keep
+
+
+def test_memory_and_speed_of_the_sizes(monkeypatch):
+    asked, kept = [], []
+
+    class Here:
+        """What multiprocessing would do elsewhere."""
+
+        Queue = queue.Queue
+
+        class Process:
+            def __init__(self, target, args):
+                self.start = lambda: target(*args)
+
+            def is_alive(self):
+                return False
+
+            def join(self):
+                pass
+
+    monkeypatch.setattr(bench, "take_turns", lambda some, place, n: asked.append(n) or {"": 0.5})
+    monkeypatch.setattr(bench, "our_step", lambda *_, low_memory: asked.append(low_memory))
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.setattr(bench, "peak_memory", lambda: 2**31)
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda how: Here)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)
+    lines = list(bench.memory(CPU, 9))
+    assert [(line.value, line.unit) for line in lines[:2]] == [(2, "GiB"), (512, "tok/s")]
+    operations = bench.flops_per_token(DeepSeek(Config.preset("tiny")), 256) * 512
+    assert lines[2].value == pytest.approx(operations / 1e12)
+    names = ["tiny", "small", "1b", "1b --low_memory"]
+    assert [line.what for line in lines[::3]] == [f"{name}, a step of 1 x 256" for name in names]
+    assert asked == [False, 1] * 3 + [True, 1] and len(kept) == 4
+
+
+def test_each_part_compiles_afresh(run, monkeypatch):
+    done = []
+
+    def part(device, rounds):
+        done.append("part")
+        return []
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(bench, "PARTS", {"a": part, "b": part})
+    assert run("bench --only a,b --device cpu")[0] == 0
+    assert done == ["reset", "part"] * 2
+
+
+def test_the_peak_is_measured_in_what_training_takes(monkeypatch):
+    monkeypatch.setattr(bench, "choose_dtype", lambda auto, device: torch.bfloat16)
+    monkeypatch.setattr(bench, "take_turns", lambda contenders, *_: {"product": 1})
+    assert [line.what for line in bench.peak(CPU, 1)] == ["float32", "bfloat16"]
 
 
 def test_a_ratio_says_how_many_times_as_fast():

@@ -362,13 +362,29 @@ def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_two(chunk):
     close(torch.autograd.grad(frozen * 0.3, x)[0], wanted[0])
 
 
-def test_head_and_loss_in_one_keep_no_logits():
-    x = torch.randn(300, 4, requires_grad=True)
+def test_head_and_loss_in_one_keep_gradients_alone_and_go_by_chunks(monkeypatch):
+    rows, kept, real = [], [], torch.Tensor.log_softmax
+
+    def log_softmax(logits, *args, **kwargs):
+        rows.append(len(logits))
+        return real(logits, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", log_softmax)
+    x = torch.randn(250, 4, requires_grad=True)
     weight = torch.randn(200, 4, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), id):
-        deepseek.HeadLoss.apply(x, weight, torch.zeros(300, dtype=torch.long), 100)
-    assert sorted(kept) == [weight.shape, x.shape]
+    for head, shapes in ((weight, [weight.shape, x.shape]), (weight.detach(), [x.shape])):
+        rows.clear(), kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), id):
+            deepseek.HeadLoss.apply(x, head, torch.zeros(250, dtype=torch.long), 100)
+        assert sorted(kept) == shapes and rows == [100, 100, 50]
+
+
+def test_the_heads_gradient_is_summed_in_float32():
+    x = torch.ones(1000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = deepseek.HeadLoss.apply(x, weight, torch.zeros(1000, dtype=torch.long), 1)
+    # a thousand halves: in bf16, 128 + 0.5 would stay 128
+    assert torch.autograd.grad(loss, weight)[0].tolist() == [[-500], [500]]
 
 
 def test_improbable_targets_cost_what_they_should():
@@ -376,6 +392,28 @@ def test_improbable_targets_cost_what_they_should():
     loss = deepseek.HeadLoss.apply(x, weight, torch.tensor([0]), 1)  # p = exp(-500) is 0 in fp32
     assert loss.item() == 500
     assert torch.autograd.grad(loss, x)[0].item() == 500
+
+
+def test_which_way_the_loss_is_taken(monkeypatch):
+    model = random_model(small())
+    x, targets = torch.randn(1, 12_000, 48, requires_grad=True), torch.zeros(1, 12_000).long()
+    chunks, rows, kept, real = [], [], [], deepseek.HeadLoss.apply
+    monkeypatch.setattr(
+        deepseek.HeadLoss, "apply", lambda *args: chunks.append(args[3]) or real(*args)
+    )
+    model.lm_head.register_forward_hook(lambda module, args, y: rows.append(len(y)))
+    torch.autograd.grad(model.cross_entropy(x, targets), [x, model.lm_head.weight])
+    assert (chunks, rows) == ([2**20 // 96], [])
+    with torch.no_grad():
+        model.cross_entropy(x, targets)
+    assert len(chunks) == 1 and rows == [10_922, 1_078]
+    with torch.autocast("cpu", torch.float16):
+        model.cross_entropy(x, targets)
+    assert len(chunks) == 1
+    add_lora(model, targets=["lm_head"])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), id):
+        model.cross_entropy(x, targets)
+    assert len(chunks) == 1 and max(kept) <= x.numel()  # no logits: 96 for each token
 
 
 def test_loss_is_the_same_with_an_adapted_head_in_fp16_and_without_gradients(monkeypatch):
@@ -400,9 +438,12 @@ def test_loss_is_the_same_with_an_adapted_head_in_fp16_and_without_gradients(mon
     torch.manual_seed(0)
     dropped = model.train().cross_entropy(x[:1], targets[:1])  # one chunk
     torch.manual_seed(0)
-    close(dropped, _whole(model, x[:1], targets[:1]))
-    dropped.backward()
-    assert model.lm_head.lora_B.weight.grad.abs().sum() > 0
+    whole = _whole(model, x[:1], targets[:1])
+    close(dropped, whole)
+    found, expected = (
+        torch.autograd.grad(t, model.lm_head.lora_B.weight)[0] for t in (dropped, whole)
+    )
+    close(found, expected)  # the same dropout in the second forward pass
 
 
 def _whole(model, x, targets):
@@ -413,7 +454,9 @@ def test_cross_entropy_is_taken_in_float32():
     model = random_model(small()).bfloat16()
     x, targets = torch.randn(2, 40, 48).bfloat16(), torch.randint(0, 96, (2, 40))
     exact = F.cross_entropy(model.lm_head(x).float().flatten(0, 1), targets.flatten())
-    assert torch.allclose(model.cross_entropy(x, targets), exact, rtol=1e-4)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(model.cross_entropy(x, targets), exact, rtol=1e-4)
 
 
 def test_loss_is_cross_entropy_alone_and_evaluation_has_no_balance_loss():
