@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401 (imported in a run, it would keep frames, and so the lock)
+import matplotlib.pyplot  # noqa: F401 (imported within a run, these two would keep its frames
 import pytest
 import torch
+import torch._dynamo  # noqa: F401   and with them its lock)
 
 import bench
 import data
