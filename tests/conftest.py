@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401 (imported within a run, these two would keep its frames
+# Imported within a run, matplotlib and dynamo would keep the run's frames, and with them its lock.
+import matplotlib.pyplot  # noqa: F401
 import pytest
 import torch
-import torch._dynamo  # noqa: F401   and with them its lock)
+import torch._dynamo  # noqa: F401
 
 import bench
 import data
