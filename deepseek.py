@@ -692,7 +692,7 @@ class Experts(nn.Module):
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
         elif torch.compiler.is_compiling() and dtype != torch.bfloat16:
-            run = torch.compiler.disable(run)  # neither is traced; grouped is in bf16
+            run = torch.compiler.disable(run)  # only grouped in bf16 can be traced
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
