@@ -736,6 +736,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
     assert int(done.stdout) < 4000  # given back, ten times 16 MiB are 40,960 pages
 
 
+def test_every_script_keeps_its_freed_memory(monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: said.append("kept"))
+    train.run_script(lambda: said.append("run"))
+    assert said == ["kept", "run"]
+
+
 def test_what_glibc_is_told_and_that_others_are_left_alone(monkeypatch):
     said = []
 
