@@ -492,14 +492,20 @@ class MLA(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # B S H dn, B S H dv
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
         q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe], -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B H T, or S, dn+dr or dv
+        causal, T = mask is None and q.shape[2] > 1, q.shape[2]
+        if causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            # Flash attention spares memory. Where the scores are few and the CPU multiplies bf16
+            # matrices, writing them down takes half its time. The softmax sums in fp32.
+            future = q.new_full((T, T), -torch.inf).triu(1)
+            scores = torch.add(future, q @ k.mT, alpha=self.scale)  # B H T T
+            return (scores.softmax(-1) @ v).transpose(1, 2)  # B T H dv
         # Flash attention wants one width for q, k and v. Zeros change neither the scores nor
         # the values, and cost less than the slow path.
         if (more := c.qk_head_dim - c.v_head_dim) > 0:
             v = F.pad(v, (0, more))
         elif more < 0:
             q, k = F.pad(q, (0, -more)), F.pad(k, (0, -more))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B H T or S, all of one width
-        causal = mask is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return out[..., : c.v_head_dim].transpose(1, 2)  # B H T dv -> B T H dv
 

@@ -127,6 +127,40 @@ def test_a_model_cast_to_bfloat16_runs_in_bfloat16():
     close(in_chunks(model, ids, None).float(), exact, 0.08)
 
 
+@pytest.mark.parametrize("values", [12, 28])
+@pytest.mark.parametrize("T, flash", [(40, False), (512, False), (513, True)])
+def test_bfloat16_attends_as_the_paper_writes_it(T, flash, values, monkeypatch):
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    torch.manual_seed(0)
+    mla = MLA(small(v_head_dim=values)).bfloat16()
+    H, dn, dr, R = 3, mla.config.qk_nope_head_dim, mla.config.qk_rope_head_dim, 20
+    torch.nn.init.normal_(mla.kv_b_proj.weight, std=0.3)
+    shapes = (2, T, H, dn), (2, T, H, dr), (2, T, R), (2, T, dr)
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    q_nope, q_pe, latent, k_pe = exact
+    kv = (latent @ mla.kv_b_proj.weight.detach().float().T).unflatten(-1, (H, -1))
+    scores = torch.einsum("bthd, bshd -> bhts", q_nope, kv[..., :dn])
+    scores = (scores + torch.einsum("bthd, bsd -> bhts", q_pe, k_pe)) * mla.scale
+    scores = scores.masked_fill(torch.arange(T) > torch.arange(T)[:, None], -torch.inf)
+    wanted = torch.einsum("bhts, bshd -> bthd", scores.softmax(-1), kv[..., dn:])
+    found = mla.expanded(*inputs, None)
+    assert bool(calls) == flash
+    close(found.float(), wanted, 0.02)
+    grads = [
+        torch.autograd.grad((out.float() * wanted.detach()).sum(), x)
+        for out, x in ((found, inputs), (wanted, exact))
+    ]
+    for a, b in zip(*grads, strict=True):
+        close(a.float(), b, 0.03)
+    calls.clear()
+    close(mla.float().expanded(*exact, None), wanted)
+    assert calls  # fp32 always goes this way
+
+
 @torch.no_grad()
 def test_no_token_sees_a_later_one():
     for device in (

@@ -433,8 +433,16 @@ def test_export_and_chat_refuse_and_answer(exported, run, monkeypatch, tmp_path)
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", typed)
-    code, out, _ = run(f"sample --ckpt {exported}/hf --chat --max_new_tokens 4")
-    assert code == 0 and len(out.splitlines()) == 3
+    code, out, _ = run(f"sample --ckpt {exported}/hf --chat --max_new_tokens 4 --temperature 0")
+    model = DeepSeek.from_pretrained(exported / "hf")
+    tokenizer = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
+    turns, expected = [], ""
+    for question in ("The cat", "Again"):
+        prompt = data.dialogue(tokenizer, [*turns, (question, None)])
+        ids = [int(t) for t in model.generate([prompt], 4, temperature=0)]
+        turns.append((question, tokenizer.decode(ids).removeprefix(" ")))
+        expected += turns[-1][1] + "\n"
+    assert code == 0 and out == expected + "\n" and len(out) > 10
     code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
     assert code == 2 and "has neither ckpt.pt nor config.json" in err
     (tmp_path / "config.json").write_text("{}")
