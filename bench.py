@@ -219,16 +219,19 @@ def random_ids(config: Config, batch: int, length: int, device: torch.device) ->
     return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
 
 
-def their_steps(pipe: Any, device: str, dtype: torch.dtype, keep: bool) -> None:
+def their_steps(
+    pipe: Any, device: str, dtype: torch.dtype, keep: bool, compiled: bool = False
+) -> None:
     """In a process of its own: a training step of transformers' tiny for each message in pipe."""
     if keep:
         keep_freed_memory()
     config, place = Config.preset("tiny"), torch.device(device)
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"], place)
     twin = transformers_twin(DeepSeek(config))
+    forward = torch.compile(twin) if compiled else twin
 
-    def loss() -> Tensor:
-        return twin(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts the labels itself
+    def loss() -> Tensor:  # it shifts the labels itself
+        return forward(input_ids=ids, labels=ids, use_cache=False).loss
 
     step = training_step(twin, loss, place, dtype)
     with suppress(EOFError, KeyboardInterrupt):  # until nobody asks any more
@@ -287,17 +290,28 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
 
 
 def compile(device: torch.device, rounds: int) -> Iterator[Line]:
-    """The same step through torch.compile, and how long compiling takes."""
+    """The same step through torch.compile, and how long compiling takes, against transformers'
+    step as it comes, and compiled with its freed memory kept as the scripts keep theirs."""
     config, dtype = Config.preset("tiny"), choose_dtype("auto", device)
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
     compiled = our_step(config, ids, device, dtype, compiled=True)
     began = time.perf_counter()
     compiled()
     yield Line("compile", "first step", time.perf_counter() - began, "s")
-    eager = our_step(config, ids, device, dtype)
-    seconds = take_turns({"eager": eager, "compiled": compiled}, device, rounds)
+    contenders = {"deepseek.py": our_step(config, ids, device, dtype)}
+    contenders["deepseek.py, compiled"] = compiled
+    if has_transformers():
+        cpu = device.type == "cpu"
+        contenders["transformers"] = apart(their_steps, str(device), dtype, False)
+        contenders["transformers, compiled"] = apart(their_steps, str(device), dtype, cpu, True)
+    seconds = take_turns(contenders, device, rounds)
     tokens = TRAINING["batch"] * TRAINING["length"]
-    yield from compared("compile", "tok/s", tokens, seconds, "eager")
+    yield from compared("compile", "tok/s", tokens, seconds, "transformers")
+    gain = seconds["deepseek.py"] / seconds["deepseek.py, compiled"]
+    yield Line("compile", "our step over our compiled step", gain, "times")
+    if "transformers" in seconds:
+        gain = seconds["transformers, compiled"] / seconds["deepseek.py, compiled"]
+        yield Line("compile", "their compiled step over ours", gain, "times")
 
 
 @torch.no_grad()

@@ -69,6 +69,43 @@ def test_training_is_held_against_the_better_transformers_as_it_comes(monkeypatc
     assert asked == [("cpu", kind, keep) for kind in kinds for keep in (False, True)]
 
 
+def test_compiled_steps_are_held_against_each_other_and_against_transformers(monkeypatch):
+    asked = []
+    seconds = {
+        "deepseek.py": 3,
+        "deepseek.py, compiled": 2,
+        "transformers": 6,
+        "transformers, compiled": 5,
+    }
+
+    def take_turns(contenders, device, rounds):
+        return {name: seconds[name] for name in contenders}
+
+    monkeypatch.setattr(bench, "our_step", lambda *_, compiled=False: lambda: called.append(1))
+    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args[1:]) or len)
+    monkeypatch.setattr(bench, "choose_dtype", lambda auto, device: torch.bfloat16)
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    for there in (True, False):
+        called = []
+        monkeypatch.setattr(bench, "has_transformers", lambda there=there: there)
+        first, *lines = bench.compile(CPU, 1)
+        assert first.unit == "s" and called == [1]
+        speeds = [(li.what, li.ratio) for li in lines if li.unit == "tok/s"]
+        gains = [li.value for li in lines if li.unit == "times"]
+        if there:
+            assert dict(speeds) == {
+                "deepseek.py": 2,
+                "deepseek.py, compiled": 3,
+                "transformers": None,
+                "transformers, compiled": 1.2,
+            }
+            assert gains == [1.5, 2.5]
+        else:
+            assert speeds == [("deepseek.py", None), ("deepseek.py, compiled", None)]
+            assert gains == [1.5]
+    assert asked == [("cpu", torch.bfloat16, False), ("cpu", torch.bfloat16, True, True)]
+
+
 def test_without_transformers_its_lines_are_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(bench, "our_step", lambda *args: len)
@@ -81,8 +118,8 @@ def test_without_transformers_its_lines_are_left_out(monkeypatch, capsys):
     assert {line.what for line in bench.decode(CPU, 1)} == {"deepseek.py", "deepseek.py, compiled"}
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_step_of_transformers_for_each_message(monkeypatch, keep):
+@pytest.mark.parametrize("keep, compiled", [(False, False), (True, False), (True, True)])
+def test_a_step_of_transformers_for_each_message(monkeypatch, keep, compiled):
     seen, kept, messages, answers = [], [], [None, None], []
 
     class Twin(torch.nn.Linear):
@@ -101,8 +138,10 @@ def test_a_step_of_transformers_for_each_message(monkeypatch, keep):
 
     monkeypatch.setattr(bench, "transformers_twin", lambda model: Twin(1, 1))
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(1))
-    bench.their_steps(Pipe(), "cpu", torch.bfloat16, keep)
-    assert seen == [((8, 256), True, torch.bfloat16)] * 2
+    through = []
+    monkeypatch.setattr(torch, "compile", lambda model: through.append(1) or model)
+    bench.their_steps(Pipe(), "cpu", torch.bfloat16, keep, compiled)
+    assert len(through) == compiled and seen == [((8, 256), True, torch.bfloat16)] * 2
     assert answers == [None] * 2 and len(kept) == keep
 
 
