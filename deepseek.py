@@ -733,7 +733,7 @@ class Experts(nn.Module):
 
     def grouped(self, x, index, weights, gate_up, down, block: int = 32) -> Tensor:
         """All experts in two grouped products: sort the N*K assignments by expert, multiply each
-        run of rows with its expert's matrix, add the results back to their tokens.
+        run of rows with its expert's matrix, add the results up token by token.
 
         Each run starts at a multiple of `block` rows in a buffer of fixed size. So nothing waits
         for the device to count (unlike looped), torch.compile sees one shape, and the products
@@ -742,7 +742,7 @@ class Experts(nn.Module):
         """
         (N, D), K, E = x.shape, index.shape[1], len(gate_up)
         order = index.flatten().argsort(stable=True)  # N*K
-        expert, token = index.flatten()[order], order // K
+        expert = index.flatten()[order]  # N*K
         count = torch.zeros(E, dtype=torch.long, device=x.device)
         count = count.scatter_add_(0, expert, torch.ones_like(expert))  # bincount would sync
         space = (count + block - 1) // block * block
@@ -750,13 +750,13 @@ class Experts(nn.Module):
         shift = (ends - space) - (count.cumsum(0) - count)  # padded start less dense start
         row = torch.arange(N * K, device=x.device) + shift[expert]  # N*K, all different
         source = torch.full([(N * K // block + E) * block], N, device=x.device)
-        source = source.scatter_(0, row, token)  # token of each row; N = the row of zeros
+        source = source.scatter_(0, row, order // K)  # token of each row; N = the row of zeros
         rows = torch.cat([x, x.new_zeros(1, D)]).index_select(0, source)  # rows D
         offs = ends.to(torch.int32)
         gate, up = F.grouped_mm(rows, gate_up.mT, offs=offs).chunk(2, -1)  # 2 x rows I
-        y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs).index_select(0, row)  # N*K D
-        y = y * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offs)  # rows D
+        place = torch.empty_like(row).scatter_(0, order, row)  # N*K: the row of each assignment
+        return (y.index_select(0, place).view(N, K, D) * weights.unsqueeze(-1)).sum(1)
 
 
 class MoE(nn.Module):
