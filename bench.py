@@ -13,10 +13,10 @@ Where the time of a training step of tiny goes (torch.profiler, November 2026, t
 AMD EPYC without bf16, two threads, fp32: matrix products 54%, a fifth of them the experts'; element
 by element (norms, SwiGLU, residuals) 14%; flash attention 10%, two thirds of that backward; softmax
 of the cross-entropy 9%; routing, sorting and gathering 3%; AdamW 1%. On one with bf16 but without
-AMX, one thread: matrix products 41%, attention's among them 6%; element by element 15%; softmax of
-the cross-entropy 14%, of attention 4%; casts and copies 9%; routing, sorting and gathering 3%; AdamW
-1%. There a step with experts takes a third longer than a dense one: half of that is because products
-in 16 small pieces take twice as long as in one, the rest is routing, gathering and adding up.
+AMX, one thread: matrix products 41%, attention's among them 6%; element by element 15%; softmax
+of the cross-entropy 14%, of attention 4%; casts and copies 9%; routing, sorting and gathering 3%;
+AdamW 1%. There a step with experts takes almost a third longer than a dense one: half of that is
+because 16 small products take twice as long as a large one, the rest routing, gathering and adding.
 Decoding a token takes some hundred calls of operations per layer, each over in microseconds: the
 time goes into the calls. torch.compile leaves a seventh of them at most, and less than a third of
 the time.
