@@ -292,8 +292,9 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
 
 
 def compile(device: torch.device, rounds: int) -> Iterator[Line]:
-    """The same step through torch.compile, and how long compiling takes, against transformers'
-    step as it comes, and compiled with its freed memory kept as the scripts keep theirs."""
+    """The same step through torch.compile, against transformers' step as it comes, and compiled
+    with its freed memory kept as the scripts keep theirs. Before them the time of our first step,
+    which compiles, or finds that in PyTorch's cache on disk."""
     config, dtype = Config.preset("tiny"), choose_dtype("auto", device)
     ids = random_ids(config, TRAINING["batch"], TRAINING["length"] + 1, device)
     compiled = our_step(config, ids, device, dtype, compiled=True)

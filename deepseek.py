@@ -59,6 +59,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -493,10 +494,12 @@ class MLA(nn.Module):
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
         q, k = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe], -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B H T, or S, dn+dr or dv
-        causal, T = mask is None and q.shape[2] > 1, q.shape[2]
+        T = q.shape[2]
+        causal = mask is None and T > 1
         if causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            # Flash attention spares memory. Where the scores are few and the CPU multiplies bf16
-            # matrices, writing them down takes half its time. The softmax sums in fp32.
+            # Flash attention spares memory and rounds less. But on a CPU it takes twice the time
+            # of scores written down, as long as they are few. As in the official code they are
+            # rounded to bf16 and their softmax is summed in fp32.
             future = q.new_full((T, T), -torch.inf).triu(1)
             scores = torch.add(future, q @ k.mT, alpha=self.scale)  # B H T T
             return (scores.softmax(-1) @ v).transpose(1, 2)  # B T H dv
@@ -694,11 +697,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        run = self.grouped if self.can_group(x.device, dtype) else self.looped
+        can_group = self.can_group(x.device, dtype)
+        run = self.grouped if can_group else self.looped
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
-        elif torch.compiler.is_compiling() and dtype != torch.bfloat16:
-            run = torch.compiler.disable(run)  # only grouped in bf16 can be traced
+        elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
+            run = torch.compiler.disable(run)  # grouped_mm is traced in bf16 alone, a loop never
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
@@ -738,7 +742,7 @@ class Experts(nn.Module):
         Each run starts at a multiple of `block` rows in a buffer of fixed size. So nothing waits
         for the device to count (unlike looped), torch.compile sees one shape, and the products
         run on aligned rows. Rows left over are zeros; what the products give behind the last run
-        is undefined, and neither it nor its gradient is ever read.
+        is undefined, but never read, and its gradient reaches the row of zeros alone.
         """
         (N, D), K, E = x.shape, index.shape[1], len(gate_up)
         order = index.flatten().argsort(stable=True)  # N*K
@@ -923,6 +927,7 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # the gradients kept have forgotten where they come from
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         if grad_w is not None:

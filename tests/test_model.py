@@ -365,6 +365,30 @@ def test_compiled_without_a_graph_break(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    "dtype, can_group, tokens, untraced",
+    [
+        (torch.bfloat16, True, 20, []),
+        (torch.bfloat16, False, 20, ["looped"]),
+        (torch.float32, True, 20, ["grouped"]),
+        (torch.float32, False, 2, []),  # gathered
+    ],
+)
+def test_what_cannot_be_traced_is_kept_from_the_compiler(
+    dtype, can_group, tokens, untraced, monkeypatch
+):
+    experts, kept = Experts(small()), []
+    for p in experts.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(tokens, 48).to(dtype)
+    index, weights = torch.randint(0, 8, (tokens, 2)), torch.rand(tokens, 2)
+    monkeypatch.setattr(experts, "can_group", lambda device, dtype: can_group)
+    expected = experts(x, index, weights)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "disable", lambda f: kept.append(f.__name__) or f)
+    assert torch.equal(experts(x, index, weights), expected) and kept == untraced
+
+
 def test_compiled_gradients_are_those_of_eager():
     model = random_model(small(num_hidden_layers=2, hidden_size=48, moe_intermediate_size=24))
     ids, targets = torch.randint(0, 96, (2, 2, 16))
@@ -392,6 +416,10 @@ def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_two(chunk):
         close(found, expected)
     with pytest.raises((IndexError, RuntimeError)):  # another negative number is no sign
         deepseek.HeadLoss.apply(x, weight, targets.masked_fill(targets == -100, -1), chunk)
+    again = deepseek.HeadLoss.apply(x, weight, targets, chunk)
+    (first,) = torch.autograd.grad(again.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # and not a wrong one
+        torch.autograd.grad(first.sum(), x)
     frozen = deepseek.HeadLoss.apply(x, weight.detach(), targets, chunk)
     close(torch.autograd.grad(frozen * 0.3, x)[0], wanted[0])
 
