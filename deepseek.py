@@ -1321,7 +1321,7 @@ def find_checkpoint(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise CheckpointError(
-            f"{source} is not a folder here and cannot be fetched from the hub"
+            f"{source} does not exist here and cannot be fetched from the hub"
             f" ({type(error).__name__}): check the name and the network"
         ) from error
 

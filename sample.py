@@ -68,7 +68,7 @@ def make_parser() -> Parser:
     add("--export", metavar="FOLDER", help="write it in the official format (default: off)")
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there is)")
-    compiled = "torch.compile for a minute, then sample 4 times as fast (default: off)"
+    compiled = "torch.compile for a minute, then sample 3 to 4 times as fast (default: off)"
     add("--compile", action="store_true", help=compiled)
     dtypes = "of the weights (default: auto, as they are stored)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)

@@ -457,6 +457,10 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     Raises UsageError.
     """
     path = Path(path)
+    if (path / "adapter_config.json").exists():
+        raise UsageError(
+            f"{path} is of adapters alone: give it as --lora, and their base as --ckpt"
+        )
     if path.is_dir():
         raise UsageError(f"checkpoint {path} is a folder: give the file, {path / 'ckpt.pt'}")
     if not path.is_file():
@@ -557,7 +561,7 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
     """The model of a checkpoint, on the CPU in fp32, in eval mode. Raises UsageError."""
     if state["adapters"]:
         raise UsageError(
-            "the checkpoint is of adapters alone: give --ckpt their base and --lora their folder"
+            "the checkpoint is of adapters alone: give their folder as --lora, their base as --ckpt"
         )
     with torch.device("meta"):
         model = DeepSeek(stored_config(state))

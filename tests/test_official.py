@@ -269,7 +269,7 @@ def test_a_hub_name_without_a_network_ends_in_a_sentence(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert "CheckpointError: deepseek-ai/no-such-model is not a folder here and cannot be" in last
+    assert "CheckpointError: deepseek-ai/no-such-model does not exist here and cannot be" in last
     with pytest.raises(CheckpointError, match="neither a folder nor a hub name"):
         DeepSeek.from_pretrained("no/such/model")
 
