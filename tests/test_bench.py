@@ -79,17 +79,27 @@ def test_compiled_steps_are_held_against_each_other_and_against_transformers(mon
     }
 
     def take_turns(contenders, device, rounds):
+        assert rounds == 7
+        for name, call in contenders.items():
+            if name.startswith("deepseek"):
+                call()
+                assert called[-1] == name.endswith("compiled")
         return {name: seconds[name] for name in contenders}
 
-    monkeypatch.setattr(bench, "our_step", lambda *_, compiled=False: lambda: called.append(1))
-    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args[1:]) or len)
+    def our_step(config, ids, device, dtype, compiled=False):
+        assert ids.shape == (8, 257) and dtype == torch.bfloat16
+        return lambda: called.append(compiled)
+
+    monkeypatch.setattr(bench, "our_step", our_step)
+    monkeypatch.setattr(bench, "apart", lambda *args: asked.append(args) or len)
     monkeypatch.setattr(bench, "choose_dtype", lambda auto, device: torch.bfloat16)
     monkeypatch.setattr(bench, "take_turns", take_turns)
     for there in (True, False):
         called = []
         monkeypatch.setattr(bench, "has_transformers", lambda there=there: there)
-        first, *lines = bench.compile(CPU, 1)
-        assert first.unit == "s" and called == [1]
+        first, *lines = bench.compile(CPU, 7)
+        assert first.unit == "s" and called == [True, False, True]
+        assert lines[1].value == 8 * 256 / 2
         speeds = [(li.what, li.ratio) for li in lines if li.unit == "tok/s"]
         gains = [li.value for li in lines if li.unit == "times"]
         if there:
@@ -103,7 +113,8 @@ def test_compiled_steps_are_held_against_each_other_and_against_transformers(mon
         else:
             assert speeds == [("deepseek.py", None), ("deepseek.py, compiled", None)]
             assert gains == [1.5]
-    assert asked == [("cpu", torch.bfloat16, False), ("cpu", torch.bfloat16, True, True)]
+    theirs = bench.their_steps, "cpu", torch.bfloat16
+    assert asked == [(*theirs, False), (*theirs, True, True)]
 
 
 def test_without_transformers_its_lines_are_left_out(monkeypatch, capsys):
@@ -125,7 +136,7 @@ def test_a_step_of_transformers_for_each_message(monkeypatch, keep, compiled):
     class Twin(torch.nn.Linear):
         def forward(self, input_ids, labels, use_cache):
             dtype = super().forward(torch.ones(1)).dtype
-            seen.append((tuple(input_ids.shape), input_ids is labels, dtype))
+            seen.append((tuple(input_ids.shape), input_ids is labels, use_cache, dtype))
             return Output(None, self.weight.sum(), None, None)
 
     class Pipe:
@@ -139,9 +150,10 @@ def test_a_step_of_transformers_for_each_message(monkeypatch, keep, compiled):
     monkeypatch.setattr(bench, "transformers_twin", lambda model: Twin(1, 1))
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(1))
     through = []
-    monkeypatch.setattr(torch, "compile", lambda model: through.append(1) or model)
-    bench.their_steps(Pipe(), "cpu", torch.bfloat16, keep, compiled)
-    assert len(through) == compiled and seen == [((8, 256), True, torch.bfloat16)] * 2
+    monkeypatch.setattr(torch, "compile", lambda f: lambda **kw: through.append(1) or f(**kw))
+    bench.their_steps(Pipe(), "cpu", torch.bfloat16, keep, *[True] * compiled)
+    assert len(through) == 2 * compiled
+    assert seen == [((8, 256), True, False, torch.bfloat16)] * 2
     assert answers == [None] * 2 and len(kept) == keep
 
 
@@ -267,6 +279,25 @@ def test_the_cache_is_told_as_the_paper_counts_it(run, tmp_path):
     assert value["v2, mla counted"] == (4 * 34_560, 1.0)  # [V2] table 1
     assert value["v2, mha counted"] == (4 * 1_966_080, pytest.approx(1_966_080 / 34_560))
     assert "v2-lite, mla counted" in out
+
+
+def test_bars_of_training_compiled_and_of_decoding_and_curves_of_context(monkeypatch, tmp_path):
+    plt, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    names = ("deepseek.py", "deepseek.py, compiled", "transformers")
+    lines = [
+        bench.Line(part, name, 10 * i + j, "tok/s")
+        for i, part in enumerate(("train", "compile", "decode"))
+        for j, name in enumerate(names)
+        if (part, j) != ("train", 1)
+    ]
+    lines += [bench.Line("compile", "compiled step", 9, "times")]
+    lines += [bench.Line("context", f"tiny absorbed, {n}", n / 100, "ms") for n in (256, 512)]
+    bench.draw(lines, "here", tmp_path / "bench.png")
+    training, decoding, context = drawn[0].axes
+    assert [bar.get_width() for bar in training.patches] == [0, 2, 11]
+    assert [bar.get_width() for bar in decoding.patches] == [20, 21, 22]
+    assert [line.get_ydata().tolist() for line in context.lines] == [[2.56, 5.12]]
 
 
 @pytest.mark.slow

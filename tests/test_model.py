@@ -128,14 +128,14 @@ def test_a_model_cast_to_bfloat16_runs_in_bfloat16():
 
 
 @pytest.mark.parametrize("values", [12, 28])
-@pytest.mark.parametrize("T, flash", [(40, False), (512, False), (513, True)])
+@pytest.mark.parametrize("T, flash", [(2, False), (40, False), (512, False), (513, True)])
 def test_bfloat16_attends_as_the_paper_writes_it(T, flash, values, monkeypatch):
     calls, real = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     torch.manual_seed(0)
-    mla = MLA(small(v_head_dim=values)).bfloat16()
+    mla = MLA(small(v_head_dim=values, **YARN)).bfloat16()
     H, dn, dr, R = 3, mla.config.qk_nope_head_dim, mla.config.qk_rope_head_dim, 20
     torch.nn.init.normal_(mla.kv_b_proj.weight, std=0.3)
     shapes = (2, T, H, dn), (2, T, H, dr), (2, T, R), (2, T, dr)
@@ -156,6 +156,9 @@ def test_bfloat16_attends_as_the_paper_writes_it(T, flash, values, monkeypatch):
     ]
     for a, b in zip(*grads, strict=True):
         close(a.float(), b, 0.03)
+    for x in inputs:
+        x.data[:, -1] *= 30  # the last token cries out, and none before hears it
+    assert torch.equal(mla.expanded(*inputs, None)[:, :-1], found[:, :-1])
     calls.clear()
     close(mla.float().expanded(*exact, None), wanted)
     assert calls  # fp32 always goes this way
@@ -829,6 +832,7 @@ def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
         given[1].data.uniform_()
         weights = [t.to(dtype).requires_grad_() for t in (gate_up, down)]
         out = run(given[0].to(dtype), index, given[1], *weights)
+        assert out.dtype == torch.float32  # that of the router's weights
         out.square().sum().backward()
         results.append([out, *(t.grad.float() for t in (*given, *weights))])
     for looped, *others in zip(*results, strict=True):
