@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import deepseek
+import sample
 from deepseek import CheckpointError, Config, ConfigError, DeepSeek, official_tensors
 
 ROOT = Path(deepseek.__file__).parent
@@ -432,17 +433,29 @@ def test_export_and_chat_refuse_and_answer(exported, run, monkeypatch, tmp_path)
         except StopIteration:
             raise EOFError from None
 
+    asked, real = [], sample.write
+
+    def write(model, tokenizer, args, prompts, generator):
+        asked.extend(prompts)
+        return real(model, tokenizer, args, prompts, generator)
+
     monkeypatch.setattr("builtins.input", typed)
-    code, out, _ = run(f"sample --ckpt {exported}/hf --chat --max_new_tokens 4 --temperature 0")
-    model = DeepSeek.from_pretrained(exported / "hf")
+    monkeypatch.setattr(sample, "write", write)
+    longer = tmp_path / "longer"  # the context: else the first turn would be forgotten
+    shutil.copytree(exported / "hf", longer, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    edit(longer, max_position_embeddings=200)
+    code, out, _ = run(f"sample --ckpt {longer} --chat --max_new_tokens 4 --temperature 0")
+    model = DeepSeek.from_pretrained(longer)
     tokenizer = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
-    turns, expected = [], ""
+    turns, prompts, expected = [], [], ""
     for question in ("The cat", "Again"):
         prompt = data.dialogue(tokenizer, [*turns, (question, None)])
+        prompts.append(prompt)
         ids = [int(t) for t in model.generate([prompt], 4, temperature=0)]
         turns.append((question, tokenizer.decode(ids).removeprefix(" ")))
         expected += turns[-1][1] + "\n"
-    assert code == 0 and out == expected + "\n" and len(out) > 10
+    assert code == 0 and asked == prompts
+    assert out == expected + "\n"
     code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
     assert code == 2 and "has neither ckpt.pt nor config.json" in err
     (tmp_path / "config.json").write_text("{}")
