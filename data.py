@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (  # the same for transformers, in Jinja; text of the system sta
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
-FORMAT = 1  # of the prepared files; another number means: prepare again
+FORMAT = 2  # of the prepared files; another number means: prepare again
 PIECE = 2**20  # characters of a long document that are handled at a time
 TOKENIZER_TEXT = 100 * 2**20  # characters that the tokenizer learns from, spread over the corpus
 IGNORE = -100  # a target that counts nothing
@@ -233,21 +233,16 @@ class Scan:
 
 def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
     """Hash a corpus and choose what is held out of training: about every 25th document, by the
-    hash of its text, so that equal documents stay on one side; of fewer than 20 documents the
-    last twentieth of each."""
-    whole, lengths, chosen = hashlib.blake2b(), array.array("Q"), []
-    number, own, lowest = -1, None, (2**64, 0)
+    hash of its text, so that equal documents stay on one side; of fewer than 20 different documents
+    the last twentieth of each."""
+    whole, lengths, number = hashlib.blake2b(), array.array("Q"), None
+    numbers, marks = array.array("Q"), array.array("Q")  # of each document, the hash as a number
 
     def close() -> None:
-        nonlocal lowest
-        if own is not None:
+        if number is not None:
             whole.update(own.digest())
-            value = int.from_bytes(own.digest()[:8], "little")
-            lowest = min(lowest, (value, len(lengths) - 1))
-            if value < 2**64 // 25:
-                chosen.append(len(lengths) - 1)
+            marks.append(int.from_bytes(own.digest()[:8], "little"))
 
-    numbers = array.array("Q")
     for document, text in pieces:
         if document != number:
             close()
@@ -257,8 +252,9 @@ def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
         own.update(text.encode())
         lengths[-1] += len(text)
     close()
-    if len(lengths) >= 20:
-        heldout = {numbers[i]: 0 for i in chosen or [lowest[1]]}
+    if len(set(marks)) >= 20:
+        below = max(2**64 // 25, min(marks) + 1)  # one document at least, and all that equal it
+        heldout = {n: 0 for n, mark in zip(numbers, marks, strict=True) if mark < below}
     else:
         heldout = {n: length - length // 20 for n, length in zip(numbers, lengths, strict=True)}
     return Scan(whole.hexdigest(), sum(lengths), len(lengths), heldout)
@@ -319,9 +315,10 @@ def literal(tokenizer: Tokenizer) -> Tokenizer:
 def load_tokenizer(text: str) -> Tokenizer:
     """A tokenizer from its JSON. Raises DataError when it is not one, or lacks bos and eos."""
     try:
-        tokenizer = literal(Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception, and this calls nothing else
         raise DataError(f"the tokenizer cannot be read: {error}") from error
+    literal(tokenizer)
     if tokenizer.token_to_id(BOS) is None or tokenizer.token_to_id(EOS) is None:
         raise DataError(f"the tokenizer lacks {BOS} or {EOS}")
     return tokenizer
@@ -747,14 +744,15 @@ class AnswerBatches:
     def __init__(self, examples: list[Example], batch_size: int, seed: int):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.per_epoch = -(-len(examples) // batch_size)
-        self.epoch, self.order = -1, []
+        self.epoch, self.order = -1, []  # order: for each batch of an epoch its examples
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step (from 0); in an epoch each example comes once."""
+        """Inputs and targets of a step (from 0). In an epoch each example comes once, and some
+        again where the last batch would not be full: pieces and processes want equal shares."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size
-            order = rng.permutation(len(self.examples))
+            order = np.resize(rng.permutation(len(self.examples)), self.per_epoch * size)
             # Sorted by length within 50 batches: little padding, and yet other company each time.
             groups = [
                 sorted(order[i : i + 50 * size], key=lambda e: len(self.examples[e].ids))

@@ -141,6 +141,20 @@ def test_about_a_twenty_fifth_is_held_out_and_never_nothing():
         assert heldout and set(heldout.values()) == {0}  # whole documents
 
 
+def test_what_is_held_out_stands_nowhere_in_the_training_text():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        different, copies = rng.integers(1, 40), rng.integers(1, 4)
+        words = ["".join(chr(c) for c in rng.integers(97, 123, 400)) for _ in range(different)]
+        documents = [str(text) for text in rng.permutation(words * copies)]
+        heldout = data.scan(enumerate(documents)).heldout
+        parts = {"train": [], "val": []}
+        for part, _, text in data.split(enumerate(documents), heldout):
+            parts[part].append(text)
+        assert parts["train"] and parts["val"]
+        assert not any(text in trained for text in parts["val"] for trained in parts["train"])
+
+
 def test_documents_are_found_across_chunk_boundaries(corpus, monkeypatch):
     whole = [t for _, t in data.read_documents([corpus])]
     monkeypatch.setattr(data, "PIECE", 23)  # shorter than a document, longer than a separator
@@ -190,7 +204,7 @@ def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path
     assert data.prepare(str(corpus), 400, cache).folder != first.folder
     corpus.write_text(corpus.read_text(encoding="utf-8")[:-1] + "?", encoding="utf-8")
     again = data.prepare(str(corpus), 400, cache).folder
-    monkeypatch.setattr(data, "FORMAT", 2)
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
     assert data.prepare(str(corpus), 400, cache).folder != again
 
 

@@ -1,5 +1,6 @@
 """Several processes under torchrun do together what one does alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -104,6 +105,23 @@ def test_two_processes_fine_tune_to_the_adapter_of_one(together, tmp_path, train
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
     one, two = (log_of(tmp_path / out)[-1] for out in ("one", "two"))
     assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows, batch", [(19, "--batch_size 4"), (25, "--batch_size 8 --grad_accum 4")]
+)
+def test_two_processes_tell_the_same_of_a_last_batch_that_is_not_full(
+    together, tmp_path, trained, rows, batch
+):
+    said = [{"instruction": f"Say {n}", "output": f"cat {n} " * (n % 3 + 1)} for n in range(rows)]
+    (tmp_path / "rows.json").write_text(json.dumps(said))
+    for processes, out in ((1, "one"), (2, "two")):
+        line = f"finetune.py --ckpt {trained} --data rows.json --steps 9 {batch} --lr 1e-3"
+        together(processes, f"{line} --log_level quiet --dtype float32 --out {out}")
+    one, two = (log_of(tmp_path / out) for out in ("one", "two"))
+    for a, b in zip(one[1:-1], two[1:-1], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
+    assert two[-1]["val_loss_after"] == pytest.approx(one[-1]["val_loss_after"], rel=1e-4)
 
 
 def workers(process):
