@@ -104,9 +104,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1b": dict(
         vocab_size=32768, hidden_size=1024, num_hidden_layers=14, num_attention_heads=16,
         q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32,
-        v_head_dim=96, intermediate_size=4096, moe_intermediate_size=320, n_routed_experts=64,
-        routed_scaling_factor=4.0, max_position_embeddings=1024, rope_scaling=None,
-        bos_token_id=0, eos_token_id=1,
+        v_head_dim=96, intermediate_size=4096, moe_intermediate_size=256, n_routed_experts=80,
+        num_experts_per_tok=8, n_group=1, topk_group=1, topk_method="greedy",
+        routed_scaling_factor=1.0, device_loss_alpha=0.0, comm_loss_alpha=0.0,
+        max_position_embeddings=1024, rope_scaling=None, bos_token_id=0, eos_token_id=1,
     ),
     "v2-lite": dict(
         hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,

@@ -355,15 +355,16 @@ def main() -> None:
         )
 
     # 3. What is trained, and is there room for it?
-    loaded = sum(p.nbytes for p in model.parameters())
     if args.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:
         add_lora(model, args.rank, args.alpha, args.targets, args.dropout)
+    loaded = sum(p.nbytes for p in model.parameters())  # they lie on the device already
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     piece = args.batch_size // (args.grad_accum * world())
-    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations) - loaded
+    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations, dtype)
+    needed -= loaded
     memory = check_memory(needed, device)
     kept = "best.pt" if args.full else "adapter_model.safetensors, adapter_config.json"
     for line in (

@@ -79,7 +79,8 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.compile and (args.score or args.export):
         raise UsageError("--compile is for sampling: leave it out with --score and --export")
-    device = choose_device(args.device)
+    # Files are written from the CPU's memory: a card would only have to hold the model, too.
+    device = choose_device("cpu" if args.export else args.device)
     model, tokenizer = open_model(args.ckpt, device, args.dtype)
     if args.lora:
         check_seal(args.lora)

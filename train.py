@@ -23,10 +23,13 @@ import platform
 import shutil
 import signal
 import statistics
+import struct
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -41,6 +44,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout  # comes with torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -68,7 +72,12 @@ PARTS: dict[str, type] = {  # of ckpt.pt, and what they are
     **dict.fromkeys(("step", "tokens"), int),
     **{"adapters": bool, "best_val_loss": float},
 }
+DAMAGE = (  # what zipfile, pickle and torch raise on a file that is no checkpoint, or not whole
+    *(OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
 BEST = "the best so far"  # what `keep` of a trainer writes
+SAVE_MINUTES = 15  # a checkpoint is never older
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 CROWDED_STEPS = 200  # steps in which one expert is visited by nearly all, until that is said
 SUMS = "SHA256SUMS"  # of the files of an adapter or an export; `sha256sum -c` reads it, too
@@ -86,10 +95,12 @@ RUN_FILES = [  # what a run may leave in --out
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(batch_size=8, lr=3e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
-    "1b": dict(batch_size=64, grad_accum=4, lr=4e-4, warmup=2_000, steps=50_000),
+    "1b": dict(batch_size=64, grad_accum=16, lr=4e-4, warmup=2_000, steps=50_000),
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
     "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }
+
+ROUNDS = 10  # that a recipe goes through a text at most
 
 
 # ----------------------------------------------------------------------------------------------
@@ -140,11 +151,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(), turning what a user can mend into one sentence and exit code 2."""
+    """Run a script's main(), turning what a user can mend into one sentence and exit code 2. With
+    DEEPSEEK_DEBUG=1 in the environment the sentence comes with the traceback."""
     keep_freed_memory()
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a console cannot say becomes a '?'
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+    def leave(message: str, code: int = 2) -> NoReturn:
+        if os.environ.get("DEEPSEEK_DEBUG"):
+            traceback.print_exc()
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
     try:
         main()
         if dist.is_initialized():
@@ -156,24 +175,21 @@ def run_script(main: Callable[[], None]) -> None:
     except (UsageError, DataError, ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # most likely the first process says the same, and torchrun ends us
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(str(error))
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave("interrupted", 130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, torch.OutOfMemoryError) as error:  # a disk or a card that is full, or fails
+    except torch.OutOfMemoryError as error:
         what = str(error).splitlines()[0]
-        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"{what} Take less at a time: more --grad_accum, a shorter --seq_len or prompt.")
+    except OSError as error:  # a disk that is full, or fails
+        leave(str(error).splitlines()[0])
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         what = str(error).strip().splitlines()[0]
-        message = f"torch.compile fails here ({what}): leave --compile out"
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"torch.compile fails here ({what}): leave --compile out")
 
 
 def keep_freed_memory() -> None:
@@ -234,7 +250,8 @@ def add_common_flags(parser: Parser, out: str) -> None:
     add("--eval_every", type=positive, help="steps between evaluations (default: a tenth of all)")
     held_out = "held-out tokens in an evaluation (default: 50000)"
     add("--eval_tokens", type=number(int, 1), default=50_000, help=held_out)
-    add("--save_every", type=positive, help="steps between checkpoints (default: --eval_every)")
+    saves = f"steps between checkpoints, at most {SAVE_MINUTES} minutes (default: --eval_every)"
+    add("--save_every", type=positive, help=saves)
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights and data (default: 0)")
     add("--out", default=out, help=f"folder for what the run leaves (default: {out})")
     add("--resume", action="store_true", help="go on with the run in --out (default: off)")
@@ -291,7 +308,9 @@ def join_processes(device: torch.device) -> None:
     """Meet the other processes of torchrun; without it nothing happens."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may cut a long text
+        card = device if device.type == "cuda" else None  # nccl asks for it before it can wait
+        hours = timedelta(hours=6)  # one may cut a long text
+        dist.init_process_group(backend, timeout=hours, device_id=card)
 
 
 def rank() -> int:
@@ -345,19 +364,32 @@ def share_out(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[s
 
 
 def choose_device(name: str) -> torch.device:
-    """auto takes cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
+    """auto takes cuda, then mps, then cpu. torchrun gives each process a card of its own; without
+    it, cuda is the first. Raises UsageError for a device that is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except Exception as error:  # each backend has its own kinds
-        raise UsageError(f"device {name!r} cannot be used here: try --device cpu") from error
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from error
+    if not {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False):
+        raise UsageError(f"device {name!r} is not there, or not for this torch: try --device cpu")
+    if device.type == "cuda":  # which set_device() wants with a number
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(
+                f"device {str(device)!r} is not there: this machine has {torch.cuda.device_count()}"
+                " CUDA cards, numbered from 0"
+            )
+        torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).add_(1).item()  # a card too old for this torch fails here
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"device {str(device)!r} does not compute ({reason}): try --device cpu"
+        ) from error
     return device
 
 
@@ -399,10 +431,12 @@ def free_memory(device: torch.device) -> int | None:
             return None
 
 
-def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointing: bool) -> int:
+def estimate_memory(
+    model: DeepSeek, micro_batch: int, seq_len: int, checkpointing: bool, dtype: torch.dtype
+) -> int:
     """Bytes that training needs, roughly: the weights, gradients and two Adam moments of those that
     are trained (the moments of bf16 weights in 8 bits, see `make_optimizer`), and what the backward
-    pass needs of each token."""
+    pass needs of each token, in dtype. Within 25% of what an H100 took for 1b."""
     c = model.config
     weights = sum(p.nbytes for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -416,7 +450,7 @@ def estimate_memory(model: DeepSeek, micro_batch: int, seq_len: int, checkpointi
     )
     logits = 4 * min(micro_batch * seq_len * c.vocab_size, 2**25)
     tokens = micro_batch * seq_len
-    activations = 4 * tokens * layer * layers + 4 * logits
+    activations = dtype.itemsize * tokens * layer * layers + 4 * logits
     return int(weights + gradients + moments + activations + 3e8)
 
 
@@ -483,7 +517,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             state = read()
     except ImportError as error:
         raise UsageError(f"checkpoint {path} needs torchao: pip install torchao") from error
-    except Exception as error:  # torch, zipfile and pickle each raise their own
+    except DAMAGE as error:
         kind = type(error).__name__
         raise UsageError(
             f"checkpoint {path} cannot be read: it is damaged or not one ({kind})"
@@ -942,9 +976,10 @@ class Trainer:
                 ) from error
         shared_out = vars(args).get("fsdp", False)
         if shared_out:  # before it moves: the whole may not fit on the device
+            mesh = init_device_mesh(device.type, (world(),))  # not that of a card beside the CPU
             for layer in model.model.layers:
-                fully_shard(layer)
-            fully_shard(model)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         model.to(device)
         if world() > 1 and not shared_out:
             self.forward = DistributedDataParallel(model)
@@ -955,9 +990,12 @@ class Trainer:
         self.unwritten: dict[str, str] = {}  # files that could not be written, and why
         self.skips, self.crowded = 0, 0  # steps in a row: left out, one expert visited by most
         self.asked, self.stop = False, False  # Ctrl-C was pressed here; all processes stop
+        self.saved_at, self.overdue = time.perf_counter(), False  # the last checkpoint
         if state:
             try:
                 self.take_up(state)
+            except torch.OutOfMemoryError:  # a RuntimeError, too, but not one of the checkpoint
+                raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"the checkpoint in {self.out} cannot be gone on with: its parts do not fit"
@@ -1045,15 +1083,16 @@ class Trainer:
                 self.scaler.scale((piece_loss + piece_aux) * world()).backward()
             loss, aux_loss = loss + piece_loss.detach(), aux_loss + piece_aux.detach()
             load = load + out.expert_load / (args.grad_accum * world())
-        numbers = torch.stack([loss, aux_loss, torch.full_like(loss, self.asked)])
-        numbers = summed(torch.cat([numbers, load.flatten()]))
-        (loss, aux_loss, stop), load = numbers[:3], numbers[3:].view_as(load)
+        late = time.perf_counter() - self.saved_at > 60 * SAVE_MINUTES
+        asked, late = torch.full_like(loss, self.asked), torch.full_like(loss, late)
+        numbers = summed(torch.cat([torch.stack([loss, aux_loss, asked, late]), load.flatten()]))
+        (loss, aux_loss, asked, late), load = numbers[:4], numbers[4:].view_as(load)
         self.scaler.unscale_(self.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)).to(loss)
         busiest = load.max() * load.shape[-1] if load.numel() else torch.zeros_like(norm)
         # one wait for the device, for all numbers
-        numbers = torch.stack([loss, aux_loss, norm, busiest, stop])
-        loss, aux_loss, norm, busiest, stop = numbers.tolist()
+        numbers = torch.stack([loss, aux_loss, norm, busiest, asked, late])
+        loss, aux_loss, norm, busiest, asked, late = numbers.tolist()
         # In fp16 a norm out of range is usual: the scaler leaves the step out and scales less.
         sound = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         if sound:
@@ -1061,7 +1100,7 @@ class Trainer:
             self.model.update_bias(load)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.stop = stop > 0
+        self.stop, self.overdue = asked > 0, late > 0  # the same in all processes
         self.step += 1
         self.tokens += inputs.numel()
         record = {"step": self.step, "tokens": self.tokens, "lr": rounded(lr)}
@@ -1184,10 +1223,13 @@ class Trainer:
                     with self.writing("curves.png"):
                         draw_curves(self.log.path, self.out / "curves.png")
                 if not quiet:
-                    bar.write(f"step {self.step}: {_describe(record)} | {said}")
-            due = last or self.stop or self.step % (args.save_every or every) == 0
+                    pace = (time.perf_counter() - began) / (self.step - steps_began)
+                    left = tqdm.format_interval(pace * ((args.steps or self.step) - self.step))
+                    bar.write(f"step {self.step}: {_describe(record)}, {left} left | {said}")
+            due = last or self.stop or self.overdue or self.step % (args.save_every or every) == 0
             # Without what did best, --resume could not bring that in again.
             if due and not self.skips and BEST not in self.unwritten:
+                self.saved_at = time.perf_counter()  # also of an attempt: none of these each step
                 with self.writing("ckpt.pt"):
                     self.save()
         bar.close()
@@ -1253,6 +1295,18 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.checkpoint_activations |= args.low_memory
     args.vocab_size = base.vocab_size
+
+
+def limit_rounds(args: argparse.Namespace, typed: set[str], tokens: int) -> float | None:
+    """How often --steps go through so many tokens; None with --minutes. The recipe's steps are cut
+    to ROUNDS times: what a model of some size has read so often it begins to know by heart."""
+    if args.steps is None:
+        return None
+    most = math.ceil(ROUNDS * tokens / (args.batch_size * args.seq_len))
+    if "steps" not in typed and most < args.steps:
+        args.steps = most
+        args.warmup = args.warmup if "warmup" in typed else min(args.warmup, most // 10)
+    return args.steps * args.batch_size * args.seq_len / tokens
 
 
 def choose_config(args: argparse.Namespace, overrides: dict[str, Any], tokenizer) -> Config:
@@ -1329,13 +1383,14 @@ def main() -> None:
     )
     if not held_out.tokens:
         raise DataError(f"{args.data} is too short to hold anything out: give more text")
+    rounds = None if state else limit_rounds(args, typed, len(corpus.train.ids))
 
     # 3. Model
     config = stored_config(state) if state else choose_config(args, overrides, tokenizer)
     weights = torch.bfloat16 if args.low_memory else torch.float32
     with torch.device("meta"):
         needed = DeepSeek(config).to(weights)
-    needed = estimate_memory(needed, piece, args.seq_len, args.checkpoint_activations)
+    needed = estimate_memory(needed, piece, args.seq_len, args.checkpoint_activations, dtype)
     needed *= world() if device.type == "cpu" else 1  # all in one memory
     needed //= world() if args.fsdp else 1
     memory = check_memory(needed, device)
@@ -1346,6 +1401,12 @@ def main() -> None:
 
     # 4. What it will do
     total, active = model.num_parameters()
+    note = (
+        f"note     the built-in stories have only {tokenizer.get_vocab_size():,} different tokens,"
+        f" which makes this {args.size} smaller than at its own vocabulary, and "
+        + (f"{args.steps:,} steps go {rounds:.1f} times through them" if rounds else "little text")
+        + ": --data tinystories has more"
+    )
     cached = config.cache_per_token()
     tokens = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
     for line in (
@@ -1363,6 +1424,7 @@ def main() -> None:
             else []
         ),
         *([f"resumes  after step {trainer.step}"] if trainer.step else []),
+        *([note] if stories and args.size != "tiny" else []),
     ):
         print_unless_quiet(args, line)
 

@@ -36,6 +36,25 @@ GROUPS = dict(
 YARN = dict(rope_scaling=YARN_V2 | dict(original_max_position_embeddings=16, factor=8))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="cuda runs the tests of a device, there")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card would be taken by --device auto
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") != "cpu":
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    return train.choose_device(pytestconfig.getoption("--device"))
+
+
 def small(**overrides) -> Config:
     return Config(**SMALL | overrides)
 

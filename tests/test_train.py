@@ -645,13 +645,62 @@ def test_a_step_below_the_spacing_of_bf16_is_taken_now_and_then():
 def test_memory_of_8_bit_moments_is_counted():
     with torch.device("meta"):
         model = DeepSeek(Config.preset("1b"))
-    plain = train.estimate_memory(model, 1, 256, True)
-    low = train.estimate_memory(model.to(torch.bfloat16), 1, 256, True)
+    plain = train.estimate_memory(model, 1, 256, True, torch.bfloat16)
+    low = train.estimate_memory(model.to(torch.bfloat16), 1, 256, True, torch.bfloat16)
     n = model.num_parameters()[0]
     assert plain - low == pytest.approx(n * (16 - 6), rel=1e-6)
     args = train.make_parser().parse_args(["--low_memory"])
     train.choose_recipe(args, {})
     assert args.checkpoint_activations
+
+
+@pytest.mark.parametrize(
+    "rows, checkpointing, measured", [(8, False, 22.7), (16, False, 32.2), (16, True, 16.5)]
+)
+def test_the_estimate_of_memory_is_near_what_a_card_took(rows, checkpointing, measured):
+    shape = dict(moe_intermediate_size=320, n_routed_experts=64, num_experts_per_tok=6)
+    with torch.device("meta"):  # as it was measured on an H100, in GiB, at rows of 1,024 tokens
+        model = DeepSeek(Config.preset("1b", **shape))
+    needed = train.estimate_memory(model, rows, 1024, checkpointing, torch.bfloat16)
+    assert needed / 2**30 == pytest.approx(measured, rel=0.25)
+
+
+def test_1b_as_typed_fits_into_24_gb():
+    args = train.make_parser().parse_args(["--size", "1b"])
+    train.choose_recipe(args, {})
+    with torch.device("meta"):
+        model = DeepSeek(Config.preset("1b"))
+    piece = args.batch_size // args.grad_accum
+    needed = train.estimate_memory(model, piece, args.seq_len, False, torch.bfloat16)
+    assert (piece, args.seq_len) == (4, 1024) and needed < 22.5 * 2**30
+
+
+def test_a_recipe_goes_at_most_ten_times_through_a_text():
+    for line, tokens, steps, warmup in (
+        ("--size 1b", 10_000_000, 1526, 152),  # 100M tokens in steps of 64 x 1024
+        ("--size 1b", 10**10, 50_000, 2_000),
+        ("--size 1b --warmup 7", 10_000_000, 1526, 7),
+        ("--size 1b --steps 9000", 10_000_000, 9_000, 900),
+        ("--size tiny", 10_000, None, 100),
+    ):
+        args = train.make_parser().parse_args(line.split())
+        train.choose_recipe(args, {})
+        typed = train.make_parser().explicit(line.split())
+        rounds = train.limit_rounds(args, typed, tokens)
+        assert (args.steps, args.warmup) == (steps, min(warmup, steps or warmup))
+        expected = steps and steps * args.batch_size * args.seq_len / tokens
+        assert rounds == pytest.approx(expected) if steps else rounds is None
+
+
+def test_a_checkpoint_is_never_older_than_a_quarter_of_an_hour(run, corpus, tmp_path, monkeypatch):
+    line = f"train {MODEL} --data {corpus} --steps 6 --eval_every 6 --save_every 6"
+    times = []
+    monkeypatch.setattr(train.Trainer, "save", lambda self, name="": times.append(self.step))
+    assert run(f"{line} --out {tmp_path}/a")[0] == 0
+    assert times == [6]
+    monkeypatch.setattr(train, "SAVE_MINUTES", 0)
+    assert run(f"{line} --out {tmp_path}/b")[0] == 0
+    assert times == [6, 1, 2, 3, 4, 5, 6]
 
 
 # --- how a script ends ---------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""What must hold on every device: `pytest --device cuda` runs this file on a card. Without one,
+tensors without memory tell what a card would wait for."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import GROUPS, MODEL, YARN, log_of, oracle, random_model, small
+
+import train
+from deepseek import DeepSeek, Experts
+from train import UsageError
+
+EVERYTHING = GROUPS | YARN | dict(q_lora_rank=28)
+TRAINING = dict(token_drop_capacity=1.0, bias_update_speed=0.01, comm_loss_alpha=0.02)
+IDS = torch.arange(60).view(2, 30) % 96
+
+
+def tolerance(device):
+    """Of fp32 logits, relative to the largest. A card sums in other orders and by other kernels,
+    some of which take products of fp32 apart into three of TF32."""
+    return 1e-5 if device.type == "cpu" else 1e-4
+
+
+def close(a, b, relative):
+    assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+# --- which device --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """A machine with two CUDA cards, as far as a torch without CUDA can play it: the numbers that
+    the driver was given."""
+    given, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", given.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    return given
+
+
+def test_a_card_is_taken_by_its_number(cards, monkeypatch):
+    for name, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        assert train.choose_device(name) == torch.device("cuda", index)
+        assert cards.pop() == index
+    monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun's second process
+    assert train.choose_device("cuda") == torch.device("cuda:1") and cards.pop() == 1
+    assert train.choose_device("cpu") == torch.device("cpu") and not cards
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="'cuda:2' is not there: this machine has 2 CUDA cards"):
+        train.choose_device("auto")
+
+
+def test_a_card_too_old_for_this_torch_is_told_with_the_reason(cards, monkeypatch):
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+    monkeypatch.setattr(torch, "zeros", no_kernel)
+    with pytest.raises(UsageError, match=r"does not compute \(CUDA error: no kernel .* available"):
+        train.choose_device("cuda")
+
+
+def test_what_is_not_there_is_a_sentence_and_our_own_mistakes_are_not(monkeypatch):
+    for name in ("cuda", "cuda:7", "mps", "xpu", "meta", "gpu", "cuda:x"):
+        with pytest.raises(UsageError, match=f"device '{name}' is"):
+            train.choose_device(name)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: nothing_of_this_name)  # noqa: F821
+    with pytest.raises(NameError):
+        train.choose_device("cpu")
+
+
+def test_debug_shows_the_traceback_behind_a_sentence(run, tmp_path, monkeypatch):
+    for value, shown in (("", False), ("1", True)):
+        monkeypatch.setenv("DEEPSEEK_DEBUG", value)
+        code, _, err = run(f"train --device gpu --out {tmp_path}")
+        assert code == 2 and err.endswith("use cpu, cuda, cuda:1 or mps\n")
+        assert ("Traceback" in err and "RuntimeError" in err) == shown
+
+
+# --- without a card: nothing is made on the CPU, nothing waits for a value -----------------------
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """A model without memory that takes the way of a card."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # they know no meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(Experts, "can_group", lambda *_: True)
+
+    def build(**overrides):
+        with torch.device("meta"):
+            return DeepSeek(small(**overrides)).bfloat16()
+
+    return build
+
+
+@pytest.mark.parametrize("overrides", [{}, EVERYTHING | TRAINING])
+def test_a_training_step_waits_for_nothing(on_meta, overrides):
+    model, ids = on_meta(**overrides), IDS.to("meta")
+    optimizer = torch.optim.AdamW(model.parameters())  # fused as on a card, it knows no meta
+    for checkpointing in (False, True):
+        out = model(ids, ids, checkpoint_activations=checkpointing)
+        (out.loss + out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.update_bias(out.expert_load)
+
+
+@pytest.mark.parametrize("overrides", [{}, EVERYTHING])
+@torch.no_grad()
+def test_a_prompt_and_a_token_of_decoding_wait_for_nothing(on_meta, overrides):
+    model, ids = on_meta(**overrides).eval(), IDS.to("meta")
+    cache = model.new_cache(2, 40)
+    assert model(ids, cache=cache).logits.is_meta
+    cache.lengths = [30, 20]
+    for absorb in (True, False):
+        assert model(ids[:, :1], cache=cache, absorb=absorb).logits.is_meta
+
+
+# --- on the device -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, EVERYTHING])
+@torch.no_grad()
+def test_logits_are_those_of_transformers(device, overrides):
+    model = random_model(small(**overrides))
+    other = oracle(model.config)
+    other.load_state_dict(model.state_dict())
+    expected = other.to(device)(IDS.to(device)).logits
+    close(model.to(device)(IDS.to(device)).logits, expected, tolerance(device))
+
+
+@pytest.mark.parametrize("overrides", [{}, EVERYTHING])
+@torch.no_grad()
+def test_cached_in_pieces_is_as_uncached(device, overrides):
+    model, ids = random_model(small(**overrides)).to(device), IDS.to(device)
+    expected = model(ids).logits
+    for absorb in (True, False):
+        cache = model.new_cache(2, 30)
+        pieces = [model(p, cache=cache, absorb=absorb).logits for p in ids.split([17, 1, 12], 1)]
+        close(torch.cat(pieces, 1), expected, tolerance(device))
+
+
+def test_the_fast_experts_learn_as_the_loop_does(device):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8,):
+        pytest.skip("grouped products are for bf16")
+    torch.manual_seed(0)
+    experts = Experts(small(hidden_size=48, moe_intermediate_size=32))
+    experts = experts.to(device, torch.bfloat16)
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.normal_(0, 0.1)
+    x = torch.randn(200, 48, device=device, dtype=torch.bfloat16)
+    index = torch.rand(200, 8, device=device).topk(3).indices
+    weights = torch.rand(200, 3, device=device)
+    results = []
+    for run in (experts.looped, experts.grouped):
+        given = x.clone().requires_grad_()
+        y = run(given, index, weights, experts.gate_up_proj, experts.down_proj)
+        loss = y.float().square().sum()
+        gradients = torch.autograd.grad(loss, [given, *experts.parameters()])
+        results.append([y, *gradients])
+    for a, b in zip(*results, strict=True):
+        close(a.float(), b.float(), 2e-2)  # bf16 has 8 bits; sums of it round at each step
+
+
+def test_a_run_trains_resumes_speaks_is_fine_tuned_and_exported(run, corpus, tmp_path, device):
+    where = f"--device {device}"
+    out = tmp_path / "out"
+    first = f"train {MODEL} --data {corpus} --lr 0.01 --schedule constant --log_level quiet"
+    assert run(f"{first} {where} --steps 20 --out {out}") == (0, "", "")
+    assert run(f"train --resume --steps 30 --out {out} --log_level quiet {where}") == (0, "", "")
+    _, *records = log_of(out)
+    assert [r["step"] for r in records] == list(range(1, 31))
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    ckpt = f"--ckpt {out}/ckpt.pt"
+    tune = f"finetune {ckpt} --data {corpus} --steps 4 --batch_size 4 --log_level quiet {where}"
+    assert run(f"{tune} --out {tmp_path}/lora") == (0, "", "")
+    speak = f"--prompt The --temperature 0 --max_new_tokens 12 {where}"
+    code, said, _ = run(f"sample {ckpt} --lora {tmp_path}/lora {speak}")
+    assert code == 0 and len(said.split()) > 3
+    code, _, err = run(f"sample {ckpt} --lora {tmp_path}/lora --export {tmp_path}/hf")
+    assert code == 0, err
+    assert run(f"sample --ckpt {tmp_path}/hf {speak}")[1] == said
