@@ -1682,19 +1682,24 @@ def lora_state(model: DeepSeek) -> dict[str, Tensor]:
 
 def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; base: where the
-    model comes from. Raises ConfigError without adapters, CheckpointError if that fails."""
+    model comes from. The dropout, which acts in training only, is kept if no MLP has adapters.
+    Raises ConfigError without adapters, CheckpointError if that fails."""
     layers = _layers(model, LoRALinear)
     if not layers:
         raise ConfigError("the model has no adapters to save: call add_lora first")
     some = next(iter(layers.values()))
+    # PEFT takes the names of an MLP's layers, even full ones, for its stacked routed experts; of
+    # their weights it takes full names as they are, but then allows no dropout.
+    weights = [f"{name}.weight" for name in layers if ".mlp." in name]
     record = {
         **PEFT_BUILT_IN,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": some.lora_A.out_features,
         "lora_alpha": some.alpha,
-        "lora_dropout": some.dropout.p,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora_dropout": 0.0 if weights else some.dropout.p,
+        "target_modules": sorted({n.rpartition(".")[2] for n in layers if ".mlp." not in n}),
+        "target_parameters": weights,
         "init_lora_weights": True,
         "inference_mode": True,
     }

@@ -9,6 +9,7 @@ from conftest import GROUPS, YARN, oracle, random_model, small
 from safetensors.torch import load_file, save_file
 
 from deepseek import (
+    MLA_PROJECTIONS,
     CheckpointError,
     ConfigError,
     LoRALinear,
@@ -19,6 +20,7 @@ from deepseek import (
     merge_lora,
     save_lora,
 )
+from finetune import TARGETS
 
 IDS = torch.arange(60).view(2, 30) % 96
 COMPRESSED = GROUPS | YARN | dict(q_lora_rank=28)
@@ -29,10 +31,10 @@ def logits(model, **options):
         return model(IDS, **options).logits
 
 
-def adapted(seed=1, rank=4, alpha=6.0, dropout=0.0, **overrides):
+def adapted(seed=1, rank=4, alpha=6.0, targets=MLA_PROJECTIONS, dropout=0.0, **overrides):
     """A model with adapters that do something: B random instead of zero."""
     model = random_model(small(**overrides))
-    add_lora(model, rank, alpha, dropout=dropout)
+    add_lora(model, rank, alpha, targets, dropout)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in lora_state(model).items():
@@ -164,19 +166,35 @@ def test_other_targets_can_be_chosen_and_unknown_ones_are_refused():
 
 
 @pytest.mark.parametrize("overrides", [{}, COMPRESSED])
-def test_peft_gives_the_same_logits_from_our_files(overrides, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(targets=MLA_PROJECTIONS),
+        dict(targets=MLA_PROJECTIONS, dropout=0.25),
+        dict(targets=TARGETS),
+        dict(targets=TARGETS, dropout=0.25),
+        dict(targets=TARGETS, n_shared_experts=0),
+        dict(targets=TARGETS, first_k_dense_replace=0),
+        dict(targets=["gate_proj"]),
+        dict(targets=["lm_head", "down_proj"]),
+    ],
+    ids=str,
+)
+def test_peft_gives_the_same_logits_from_our_files(overrides, options, tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    model = adapted(**overrides)
+    model = adapted(**overrides | options)
     save_lora(model, tmp_path / "lora", base="somewhere")
     expected = logits(model)
     detach_lora(model)
     model.save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", attn_implementation="eager"
-    )
+    load = dict(attn_implementation="eager")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **load)
     other = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     close(logits(other), expected)
+    close(logits(other.merge_and_unload()), expected)
+    load_lora(model, tmp_path / "lora")
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("overrides", [{}, COMPRESSED])
@@ -198,6 +216,19 @@ def test_an_adapter_made_by_peft_loads_here(overrides, tmp_path):
     load_lora(model, tmp_path)
     close(logits(model), logits(other))
     assert not torch.allclose(logits(model), before, atol=1e-3)
+
+
+def test_a_folder_that_names_mlp_layers_as_modules_still_loads(tmp_path):
+    model = adapted(targets=TARGETS)
+    save_lora(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    record = json.loads(path.read_text())
+    del record["target_parameters"]
+    older = dict(target_modules=TARGETS, lora_dropout=0.25, use_dora=False, lora_bias=False)
+    path.write_text(json.dumps(record | older))
+    again = random_model(small())
+    load_lora(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_saved_and_loaded_nothing_has_changed(tmp_path):
