@@ -1663,15 +1663,22 @@ def _exchange(model: DeepSeek, make: Callable[[LoRALinear], nn.Linear]) -> Calla
     return undo
 
 
-# PEFT's settings of an adapter as this file computes it; one that says otherwise is refused.
-PEFT_BUILT_IN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-}
+# PEFT's settings that leave y = W x + (alpha / r) B A x as it is, whatever they say: those that are
+# read, say where adapters are (each tensor's name says so too), keep records, or do nothing alone.
+PEFT_FREE = {
+    "r", "lora_alpha", "lora_dropout",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern",
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# Those that do so with these values; any other, known or not, must be off. Most other starts change
+# W itself.
+PEFT_ONLY = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian"),
+}  # fmt: skip
+PEFT_OFF = (None, False, {}, [])
 PEFT_PREFIX = "base_model.model."  # in front of each tensor's name
 
 
@@ -1692,7 +1699,7 @@ def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> N
     # their weights it takes full names as they are, but then allows no dropout.
     weights = [f"{name}.weight" for name in layers if ".mlp." in name]
     record = {
-        **PEFT_BUILT_IN,
+        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": some.lora_A.out_features,
@@ -1731,11 +1738,10 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read") from error
-    same = PEFT_BUILT_IN | dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"))
-    for name, value in same.items():
-        if (record.get(name) or None) != (value or None):
+    for name, value in ({"peft_type": None} | record).items():
+        if name not in PEFT_FREE and value not in PEFT_ONLY.get(name, PEFT_OFF):
             raise CheckpointError(
-                f"{folder} has {name} = {record.get(name)!r}: only plain LoRA is read"
+                f"{folder} has {name} = {value!r}: only plain LoRA is read, so train without it"
             )
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -1751,7 +1757,8 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
         base = linear.get(name)
         if base is None or shapes != [[rank, base.in_features], [base.out_features, rank]]:
             raise CheckpointError(
-                f"{folder} does not fit the model at {name}: give the base that it was trained on"
+                f"{folder} does not fit the model at {name}: give the base that it was trained on,"
+                " and adapters of linear layers only"
             )
     if len(state) != 2 * len(names):
         raise CheckpointError(f"{file} holds tensors that are no lora_A or lora_B weights")

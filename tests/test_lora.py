@@ -1,5 +1,6 @@
 """LoRA: the start, training, merging, and PEFT as the independent implementation."""
 
+import dataclasses
 import json
 import math
 
@@ -24,6 +25,7 @@ from finetune import TARGETS
 
 IDS = torch.arange(60).view(2, 30) % 96
 COMPRESSED = GROUPS | YARN | dict(q_lora_rank=28)
+ATTENTION = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 
 
 def logits(model, **options):
@@ -197,25 +199,104 @@ def test_peft_gives_the_same_logits_from_our_files(overrides, options, tmp_path)
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
-def test_an_adapter_made_by_peft_loads_here(overrides, tmp_path):
+def made_by_peft(model, folder, **settings):
+    """The logits of PEFT's model, on the base of ours, with an adapter that it writes to folder."""
     peft = pytest.importorskip("peft")
-    model = random_model(small(**overrides))
     base = oracle(model.config)
     base.load_state_dict(model.state_dict())
-    targets = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-    targets += ["q_a_proj", "q_b_proj"] if overrides else ["q_proj"]
-    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
-    other = peft.get_peft_model(base, settings).eval()
+    settings = dict(r=4, lora_alpha=5, target_modules=ATTENTION) | settings
+    other = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(2)
     with torch.no_grad():
         for name, p in other.named_parameters():
             if "lora_" in name:
-                p.normal_(0, 0.1)
-    other.save_pretrained(tmp_path)
-    before = logits(model)
+                p.add_(torch.empty_like(p).normal_(0, 0.1))
+    other.save_pretrained(folder)
+    return logits(other)
+
+
+@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
+@pytest.mark.parametrize("mlp", [False, True])
+def test_an_adapter_made_by_peft_loads_here(overrides, mlp, tmp_path):
+    model = random_model(small(**overrides))
+    before, settings = logits(model), {}
+    if mlp:
+        layers = [n for n in model.state_dict() if "mlp." in n and n.endswith("_proj.weight")]
+        settings = dict(target_parameters=[n for n in layers if ".experts." not in n])
+        assert len(settings["target_parameters"]) == 9
+    targets = [n for n in MLA_PROJECTIONS if overrides or n[:2] != "q_" or n == "q_proj"]
+    expected = made_by_peft(model, tmp_path, target_modules=targets, **settings)
     load_lora(model, tmp_path)
-    close(logits(model), logits(other))
+    close(logits(model), expected)
     assert not torch.allclose(logits(model), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        (dict(layers_to_transform=[1]), None),
+        (dict(exclude_modules=["o_proj"]), None),
+        (dict(target_modules=r".*self_attn\.o_proj"), None),
+        (dict(init_lora_weights=False), None),
+        (dict(init_lora_weights="gaussian"), None),
+        (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
+        (dict(init_lora_weights="olora"), "init_lora_weights = 'olora'"),
+        (dict(init_lora_weights="orthogonal"), "init_lora_weights = 'orthogonal'"),
+        (dict(use_rslora=True), "use_rslora = True"),
+        (dict(use_dora=True), "use_dora = True"),
+        (dict(lora_bias=True), "lora_bias = True"),
+        (dict(bias="all"), "bias = 'all'"),
+        (dict(rank_pattern={"o_proj": 2}), "rank_pattern = "),
+        (dict(alpha_pattern={"o_proj": 9}), "alpha_pattern = "),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save = "),
+        (dict(trainable_token_indices=[3]), "trainable_token_indices = "),
+        (dict(layer_replication=[[0, 2], [1, 3]]), "layer_replication = "),
+        (dict(target_modules=["gate_proj", "up_proj", "down_proj"]), "_pattern = "),
+        (dict(target_modules=["down_proj"]), "does not fit the model at model.layers.1.mlp.expert"),
+    ],
+    ids=str,
+)
+def test_what_peft_makes_is_read_to_the_same_logits_or_refused(settings, refused, tmp_path):
+    model = random_model(small())
+    expected = made_by_peft(model, tmp_path, **settings)
+    if refused:
+        with pytest.raises(CheckpointError, match=refused):
+            load_lora(model, tmp_path)
+    else:
+        load_lora(model, tmp_path)
+        close(logits(model), expected)
+
+
+def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    expected = made_by_peft(random_model(small()), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    record = json.loads(path.read_text())
+    harmless = {
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "target_modules",
+        "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    }  # fmt: skip
+    off = dict(init_lora_weights="pissa", lora_dropout=0.5)
+    fields = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
+    for name in ("r", "lora_alpha"):  # which are read, and count in the other tests
+        del fields[name]
+    for name, default in (fields | dict(of_tomorrow=None)).items():
+        value = off.get(name, True if default is False else ["x"])
+        path.write_text(json.dumps(record | {name: value}))
+        model = random_model(small())
+        if name in harmless:
+            load_lora(model, tmp_path)
+            close(logits(model), expected)
+        else:
+            with pytest.raises(CheckpointError, match=f"has {name} = .* only plain LoRA"):
+                load_lora(model, tmp_path)
+            assert not lora_state(model)
+    model = random_model(small())
+    path.write_text(json.dumps(record | dict(of_tomorrow=None, new=False, more={}, any=[])))
+    load_lora(model, tmp_path)
+    close(logits(model), expected)
 
 
 def test_a_folder_that_names_mlp_layers_as_modules_still_loads(tmp_path):
@@ -280,6 +361,9 @@ def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
         path.write_text(json.dumps(record | change))
         with pytest.raises(CheckpointError, match=f"has {next(iter(change))} = .* only plain LoRA"):
             load_lora(random_model(small()), tmp_path)
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "peft_type"}))
+    with pytest.raises(CheckpointError, match="has peft_type = None"):
+        load_lora(random_model(small()), tmp_path)
     path.write_text(json.dumps(record | dict(r=5)))
     with pytest.raises(CheckpointError, match="does not fit"):
         load_lora(random_model(small()), tmp_path)
