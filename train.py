@@ -91,13 +91,14 @@ RUN_FILES = [  # what a run may leave in --out
 ]
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
-# (5.7T and 8.1T tokens), less the growing of V2's batch.
+# (5.7T and 8.1T tokens), less the growing of V2's batch. piece: rows that a process computes at a
+# time, where all of its share would not fit on a card (4 of 1b's 1,024 tokens fit into 24 GB).
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(batch_size=8, lr=3e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
-    "1b": dict(batch_size=64, grad_accum=16, lr=4e-4, warmup=2_000, steps=50_000),
-    "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
-    "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
+    "1b": dict(batch_size=64, piece=4, lr=4e-4, warmup=2_000, steps=50_000),
+    "v2-lite": dict(batch_size=4608, piece=1, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
+    "v2": dict(batch_size=9216, piece=1, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }
 
 ROUNDS = 10  # that a recipe goes through a text at most
@@ -374,7 +375,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from error
     if not {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False):
-        raise UsageError(f"device {name!r} is not there, or not for this torch: try --device cpu")
+        raise UsageError(
+            f"device {name!r} is not seen by this torch {torch.__version__}: try --device cpu"
+        )
     if device.type == "cuda":  # which set_device() wants with a number
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         if device.index >= torch.cuda.device_count():
@@ -1183,6 +1186,8 @@ class Trainer:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
+            if args.log_level != "quiet":  # os.write: print may have been interrupted itself
+                os.write(2, b"\nfinishing the step and saving; Ctrl-C again leaves without\n")
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.step == 0:  # where it starts from; it also shows how long an evaluation takes
@@ -1291,17 +1296,21 @@ def choose_recipe(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     args.lr = args.lr or recipe["lr"]
     args.beta2 = args.beta2 if args.beta2 is not None else recipe.get("beta2", 0.95)
     args.schedule = args.schedule or recipe.get("schedule", "step")
-    args.grad_accum = args.grad_accum or math.gcd(recipe.get("grad_accum", 1), args.batch_size)
+    rows = max(1, args.batch_size // world())
+    pieces = (
+        n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= recipe.get("piece", rows)
+    )
+    args.grad_accum = args.grad_accum or next(pieces)
     args.seq_len = args.seq_len or recipe.get("seq_len", base.max_position_embeddings)
     args.checkpoint_activations |= args.low_memory
     args.vocab_size = base.vocab_size
 
 
-def limit_rounds(args: argparse.Namespace, typed: set[str], tokens: int) -> float | None:
-    """How often --steps go through so many tokens; None with --minutes. The recipe's steps are cut
+def limit_rounds(args: argparse.Namespace, typed: set[str], tokens: int) -> float:
+    """How often --steps go through so many tokens; 0 with --minutes. The recipe's steps are cut
     to ROUNDS times: what a model of some size has read so often it begins to know by heart."""
     if args.steps is None:
-        return None
+        return 0.0
     most = math.ceil(ROUNDS * tokens / (args.batch_size * args.seq_len))
     if "steps" not in typed and most < args.steps:
         args.steps = most
@@ -1346,14 +1355,14 @@ def main() -> None:
     args, typed = parser.parse_args(), parser.explicit()
     overrides = config_overrides(args)
     state = open_run(args, typed, parser)
-    if state is None:
-        choose_recipe(args, overrides)
-    elif state["step"] >= (args.steps or math.inf):
+    if state and state["step"] >= (args.steps or math.inf):
         print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
         return
     device = choose_device(args.device)
     dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
     join_processes(device)
+    if state is None:
+        choose_recipe(args, overrides)
     check_pieces(args)
     if args.fsdp and not dist.is_initialized():
         raise UsageError("--fsdp shares a model out over processes: start them with torchrun")
@@ -1367,7 +1376,7 @@ def main() -> None:
 
     # 2. Text
     torch.manual_seed(args.seed)
-    print_unless_quiet(args, f"reading  {args.data} (told or cut into tokens once, then kept)")
+    print_unless_quiet(args, f"reading  {args.data} (cut into tokens once, then kept)")
     with first_process_first():
         corpus = data.prepare(args.data, args.vocab_size, data.cache_folder(Path(args.out)))
     tokenizer = corpus.tokenizer
@@ -1383,7 +1392,7 @@ def main() -> None:
     )
     if not held_out.tokens:
         raise DataError(f"{args.data} is too short to hold anything out: give more text")
-    rounds = None if state else limit_rounds(args, typed, len(corpus.train.ids))
+    rounds = 0.0 if state else limit_rounds(args, typed, len(corpus.train.ids))
 
     # 3. Model
     config = stored_config(state) if state else choose_config(args, overrides, tokenizer)
@@ -1404,7 +1413,11 @@ def main() -> None:
     note = (
         f"note     the built-in stories have only {tokenizer.get_vocab_size():,} different tokens,"
         f" which makes this {args.size} smaller than at its own vocabulary, and "
-        + (f"{args.steps:,} steps go {rounds:.1f} times through them" if rounds else "little text")
+        + (
+            f"{args.steps:,} steps go {rounds:.0f} times through them"
+            if rounds >= 1
+            else "little text"
+        )
         + ": --data tinystories has more"
     )
     cached = config.cache_per_token()

@@ -665,6 +665,15 @@ def test_the_estimate_of_memory_is_near_what_a_card_took(rows, checkpointing, me
     assert needed / 2**30 == pytest.approx(measured, rel=0.25)
 
 
+def test_pieces_of_1b_are_of_four_rows_on_any_number_of_processes(monkeypatch):
+    for processes, pieces in ((1, 16), (2, 8), (8, 2), (16, 1), (64, 1)):
+        monkeypatch.setattr(train, "world", lambda n=processes: n)
+        args = train.make_parser().parse_args(["--size", "1b"])
+        train.choose_recipe(args, {})
+        assert args.grad_accum == pieces
+        train.check_pieces(args)
+
+
 def test_1b_as_typed_fits_into_24_gb():
     args = train.make_parser().parse_args(["--size", "1b"])
     train.choose_recipe(args, {})
@@ -689,7 +698,7 @@ def test_a_recipe_goes_at_most_ten_times_through_a_text():
         rounds = train.limit_rounds(args, typed, tokens)
         assert (args.steps, args.warmup) == (steps, min(warmup, steps or warmup))
         expected = steps and steps * args.batch_size * args.seq_len / tokens
-        assert rounds == pytest.approx(expected) if steps else rounds is None
+        assert rounds == pytest.approx(expected or 0.0)
 
 
 def test_a_checkpoint_is_never_older_than_a_quarter_of_an_hour(run, corpus, tmp_path, monkeypatch):
