@@ -252,7 +252,12 @@ def scan(pieces: Iterable[tuple[int, str]]) -> Scan:
         own.update(text.encode())
         lengths[-1] += len(text)
     close()
-    if len(set(marks)) >= 20:
+    different = set()
+    for mark in marks:
+        different.add(mark)
+        if len(different) == 20:
+            break
+    if len(different) == 20:
         below = max(2**64 // 25, min(marks) + 1)  # one document at least, and all that equal it
         heldout = {n: 0 for n, mark in zip(numbers, marks, strict=True) if mark < below}
     else:

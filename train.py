@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import lzma
 import math
 import os
 import pickle
@@ -74,7 +75,7 @@ PARTS: dict[str, type] = {  # of ckpt.pt, and what they are
 }
 DAMAGE = (  # what zipfile, pickle and torch raise on a file that is no checkpoint, or not whole
     *(OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
 )
 BEST = "the best so far"  # what `keep` of a trainer writes
 SAVE_MINUTES = 15  # a checkpoint is never older
@@ -379,14 +380,15 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not seen by this torch {torch.__version__}: try --device cpu"
         )
     if device.type == "cuda":  # which set_device() wants with a number
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or device.index or 0))
         if device.index >= torch.cuda.device_count():
             raise UsageError(
                 f"device {str(device)!r} is not there: this machine has {torch.cuda.device_count()}"
                 " CUDA cards, numbered from 0"
             )
-        torch.cuda.set_device(device)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).add_(1).item()  # a card too old for this torch fails here
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
@@ -1228,9 +1230,12 @@ class Trainer:
                     with self.writing("curves.png"):
                         draw_curves(self.log.path, self.out / "curves.png")
                 if not quiet:
-                    pace = (time.perf_counter() - began) / (self.step - steps_began)
-                    left = tqdm.format_interval(pace * ((args.steps or self.step) - self.step))
-                    bar.write(f"step {self.step}: {_describe(record)}, {left} left | {said}")
+                    left = ""
+                    if args.steps:
+                        pace = (time.perf_counter() - began) / (self.step - steps_began)
+                        left = tqdm.format_interval(pace * (args.steps - self.step))
+                        left = f", {left} left"
+                    bar.write(f"step {self.step}: {_describe(record)}{left} | {said}")
             due = last or self.stop or self.overdue or self.step % (args.save_every or every) == 0
             # Without what did best, --resume could not bring that in again.
             if due and not self.skips and BEST not in self.unwritten:

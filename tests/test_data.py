@@ -155,6 +155,13 @@ def test_what_is_held_out_stands_nowhere_in_the_training_text():
         assert not any(text in trained for text in parts["val"] for trained in parts["train"])
 
 
+def test_a_few_different_documents_are_cut_and_many_are_chosen_from():
+    for different, whole in ((19, False), (20, True)):
+        pieces = [*enumerate(f"{i} " * 60 for i in [*range(different), *range(different)])]
+        cuts = set(data.scan(pieces).heldout.values())
+        assert (cuts == {0}) == whole
+
+
 def test_documents_are_found_across_chunk_boundaries(corpus, monkeypatch):
     whole = [t for _, t in data.read_documents([corpus])]
     monkeypatch.setattr(data, "PIECE", 23)  # shorter than a document, longer than a separator
