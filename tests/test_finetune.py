@@ -1,8 +1,8 @@
 """Fine-tuning: what is asked, what counts, what is kept, and what a user can do wrong."""
 
 import json
-from collections import Counter
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
