@@ -9,49 +9,50 @@ Teach a trained model to do what it is told, with LoRA: small matrices beside fr
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import data
-import stories
-from data import DataError, Windows
-from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, detach_lora, load_lora, save_lora
-from train import (
-    Parser,
-    Trainer,
+from common import chat, data, stories
+from common.checkpoint import load_checkpoint, open_model
+from common.formats import load_lora, save_lora
+from common.runlog import read_log
+from common.runtime import (
+    FREE,
     UsageError,
-    add_common_flags,
-    check_memory,
-    check_pieces,
     choose_device,
     choose_dtype,
+    flag,
+    init_distributed,
+    main_process_first,
+    note_dtype,
+    parse_flags,
+    rank,
+    run_script,
+    say,
+)
+from common.trainer import (
+    RunOptions,
+    Trainer,
+    check_memory,
+    check_micro_batches,
     estimate_memory,
     evaluate,
     evaluating,
-    first_process_first,
-    join_processes,
-    load_checkpoint,
-    number,
-    open_model,
     open_run,
-    print_unless_quiet,
-    rank,
-    read_log,
-    run_script,
-    sealing,
-    world,
+    run_lock,
     write_sample,
 )
+from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, remove_lora
 
 RECIPE = dict(batch_size=16, grad_accum=1, lr=4e-3, beta2=0.99, schedule="linear")
 FULL_RECIPE = RECIPE | dict(lr=2e-3)
@@ -64,21 +65,20 @@ LONGEST_ANSWER = 100  # tokens; the stories that built-in instructions ask for h
 TARGETS = [*MLA_PROJECTIONS, "gate_proj", "up_proj", "down_proj"]
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add, positive = parser.add_argument, number(int, 1)
-    bases = "of train.py, or a folder or hub name in the official format (default: out/ckpt.pt)"
-    add("--ckpt", default="out/ckpt.pt", help=f"the model to start from: {bases}")
-    sources = "stories, stories:N, alpaca; .json or .jsonl of instructions; .txt (default: stories)"
-    add("--data", default="stories", help=sources)
-    add("--rank", type=positive, default=16, help="of an adapter (default: 16)")
-    add("--alpha", type=number(float, 0, above=True), default=32.0, help="its scale (default: 32)")
-    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="before it (default: 0)")
-    targets = f"layers to adapt, by name (default: {' '.join(TARGETS)})"
-    add("--targets", nargs="+", metavar="NAME", default=TARGETS, help=targets)
-    add("--full", action="store_true", help="train all weights, without LoRA (default: off)")
-    add_common_flags(parser, out="out/lora")
-    return parser
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """The flags of finetune.py."""
+
+    ckpt: str = flag("out/ckpt.pt", "of train.py, or a folder or hub name in official format", FREE)
+    out: str = flag("out/lora", "folder for what the run leaves", FREE)
+    data: str = flag(
+        "stories", "stories, stories:N, alpaca; .json or .jsonl of instructions; .txt", FREE
+    )
+    lora_rank: int = flag(16, "of an adapter", low=1)
+    alpha: float = flag(32.0, "its scale", low=0, above=True)
+    dropout: float = flag(0.0, "before it", low=0, high=0.99)
+    target_modules: list[str] = flag(TARGETS, "layers to adapt, by name")
+    full: bool = flag(False, "train all weights, without LoRA")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -86,90 +86,92 @@ def make_parser() -> Parser:
 # ----------------------------------------------------------------------------------------------
 
 
-class Lesson(NamedTuple):
+@dataclass
+class FinetuneData:
     """What is to be learned, whatever kind of text it is."""
 
-    batch_at: Callable[[int], tuple[Tensor, Tensor]]
-    batches: int  # in an epoch
-    held_out: Windows
+    get_batch: Callable[[int], tuple[Tensor, Tensor]]
+    per_epoch: int  # batches
+    held_out: data.EvalSet
     digest: str  # of the text
     about: str  # a line for the screen
     question: str | None = None  # held out, and answered while training; None for raw text
-    tasks: list[stories.Task] = []  # held-out instructions that the world's own judge can score
-    plain: Windows | None = None  # of the built-in instructions: stories, to see what is forgotten
+    tasks: list[stories.Task] = field(default_factory=list)  # held out, for the world's own judge
+    retention_set: data.EvalSet | None = None  # stories, to see what is forgotten
 
 
-def read_lesson(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
-    """What --data names. Raises DataError or UsageError."""
-    name = args.data.partition(":")[0]
-    if name == "stories":
-        return built_in(args, tokenizer)
-    if name in data.HUB_INSTRUCTIONS or Path(name).suffix in (".json", ".jsonl"):
-        train, held_out = data.hold_out(data.read_instructions(args.data))
-        return instructions(args, tokenizer, train, held_out)
-    if name.endswith(".txt") or Path(name).is_dir():
-        return raw_text(args, tokenizer)
+def read_data(options: Options, tokenizer: Tokenizer) -> FinetuneData:
+    """What --data names. Raises UsageError."""
+    if data.is_stories(options.data):
+        return built_in(options, tokenizer)
+    if options.data in chat.HUB_INSTRUCTIONS or Path(options.data).suffix in (".json", ".jsonl"):
+        train, held_out = chat.hold_out(chat.read_instructions(options.data))
+        return instructions(options, tokenizer, train, held_out)
+    if options.data.endswith(".txt") or Path(options.data).is_dir():
+        return raw_text(options, tokenizer)
     raise UsageError(
-        f"--data {args.data!r} must be stories, {', '.join(data.HUB_INSTRUCTIONS)}, a .json or"
+        f"--data {options.data!r} must be stories, {', '.join(chat.HUB_INSTRUCTIONS)}, a .json or"
         " .jsonl of instructions, or a .txt"
     )
 
 
 def instructions(
-    args: argparse.Namespace, tokenizer: Tokenizer, train: list, held_out: list
-) -> Lesson:
-    """A lesson of (question, answer) pairs."""
-    whole = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
-    taught, counts = data.make_examples(train, tokenizer, args.seq_len)
-    kept, _ = data.make_examples(held_out, tokenizer, args.seq_len)
-    if not taught or not kept:
-        raise DataError(
-            f"of the {len(train)} instructions in {args.data}, {len(taught)} have an answer and fit"
-            f" into {args.seq_len} tokens, of the {len(held_out)} held out {len(kept)}: give more"
-            " or shorter ones, or a larger --seq_len"
+    options: Options, tokenizer: Tokenizer, train: list, held_out: list
+) -> FinetuneData:
+    """Of (question, answer) pairs."""
+    digest = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
+    examples, counts = chat.make_examples(train, tokenizer, options.seq_len)
+    kept, _ = chat.make_examples(held_out, tokenizer, options.seq_len)
+    if not examples or not kept:
+        raise UsageError(
+            f"of the {len(train)} instructions in {options.data}, {len(examples)} have an answer"
+            f" and fit into {options.seq_len} tokens, of the {len(held_out)} held out {len(kept)}:"
+            " give more or shorter ones, or a larger --seq_len"
         )
-    batches = data.AnswerBatches(taught, args.batch_size, args.seed)
+    batches = chat.AnswerBatches(examples, options.batch_size, options.seed)
     remarks = {"cut": "answers cut", "empty": "left out without an answer"}
     remarks["no room"] = "left out with too long a question"
-    about = [f"{len(taught):,} instructions, {len(kept):,} held out"]
+    about = [f"{len(examples):,} instructions, {len(kept):,} held out"]
     about += [f"{counts[kind]:,} {text}" for kind, text in remarks.items() if counts[kind]]
-    rows = max(8, args.batch_size // args.grad_accum)  # an evaluation has room for eight at least
-    windows = data.answer_windows(kept, tokenizer, rows, args.eval_tokens)
-    question = kept[0].question
-    return Lesson(batches.at, batches.per_epoch, windows, whole, ", ".join(about), question)
+    rows = max(8, options.batch_size // options.grad_accum)
+    held_out = chat.answer_eval_set(kept, tokenizer, rows, options.eval_tokens)
+    about, question = ", ".join(about), kept[0].question
+    return FinetuneData(batches.get_batch, batches.per_epoch, held_out, digest, about, question)
 
 
-def built_in(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
+def built_in(options: Options, tokenizer: Tokenizer) -> FinetuneData:
     """The instructions of stories.py; held out are combinations of hero and thing."""
-    count = args.data.partition(":")[2] or str(TASKS)
+    count = options.data.partition(":")[2] or str(TASKS)
     if not count.isdecimal() or not 1 <= int(count) <= 10**7:
-        raise DataError(f"data {args.data!r} must be stories, or stories:N with N from 1 to 10**7")
-    taught = itertools.islice(stories.instructions(args.seed), int(count))
+        raise UsageError(f"data {options.data!r} must be stories, or stories:N, N from 1 to 10**7")
+    train = itertools.islice(stories.instructions(options.seed), int(count))
     tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
-    pairs = [[(task.instruction, task.answer) for task in some] for some in (taught, tasks)]
-    need = 1 + max(len(data.dialogue(tokenizer, [(question, None)])) for question, _ in pairs[1])
-    if args.seq_len < need:
+    pairs = [[(task.instruction, task.answer) for task in some] for some in (train, tasks)]
+    need = 1 + max(len(chat.encode_chat(tokenizer, [(question, None)])) for question, _ in pairs[1])
+    if options.seq_len < need:
         raise UsageError(
             f"the built-in instructions need a context of {need} tokens, but there are"
-            f" {args.seq_len}: train a model with a longer --seq_len"
+            f" {options.seq_len}: train a model with a longer --seq_len"
         )
     # These are told beyond all seeds that a training text takes.
-    texts = ((i, stories.tell(10**9 + i).text) for i in range(100))
-    plain = data.windows(data.tokenize(texts, tokenizer), tokenizer, args.seq_len, 16)
-    return instructions(args, tokenizer, *pairs)._replace(tasks=tasks, plain=plain)
+    plain = data.tokenize((stories.tell(10**9 + i).text for i in range(100)), tokenizer)
+    found = instructions(options, tokenizer, *pairs)
+    retention_set = data.build_eval_set(plain, tokenizer, options.seq_len, 16)
+    return replace(found, tasks=tasks, retention_set=retention_set)
 
 
-def raw_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Lesson:
+def raw_text(options: Options, tokenizer: Tokenizer) -> FinetuneData:
     """Domain adaptation: documents as in pretraining, cut by the model's own tokenizer."""
-    corpus = data.prepare(args.data, tokenizer, data.cache_folder(Path(args.out)))
-    batches = data.Batches(corpus.train, args.batch_size, args.seq_len, args.seed)
-    rows = max(8, args.batch_size // args.grad_accum)
-    held_out = data.windows(corpus.val, tokenizer, args.seq_len, rows, args.eval_tokens)
+    corpus = data.prepare(options.data, tokenizer, data.cache_folder(Path(options.out)))
+    batches = data.Batches(corpus.train, options.batch_size, options.seq_len, options.seed)
+    rows = max(8, options.batch_size // options.grad_accum)
+    held_out = data.build_eval_set(
+        corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens
+    )
     if not held_out.tokens:
-        raise DataError(f"{args.data} is too short to hold anything out: give more text")
+        raise UsageError(f"{options.data} is too short to hold anything out: give more text")
     about = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
-    epoch = -(-len(batches.starts) // args.batch_size)
-    return Lesson(batches.at, epoch, held_out, corpus.digest, about)
+    return FinetuneData(batches.get_batch, batches.per_epoch, held_out, corpus.digest, about)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def answer(
 
     Where the context ends earlier, it ends for a batch when its longest question is out of room.
     """
-    prompts = [data.dialogue(tokenizer, [(question, None)]) for question in questions]
+    prompts = [chat.encode_chat(tokenizer, [(question, None)]) for question in questions]
     order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     with evaluating(model):
         for at in range(0, len(order), rows):
@@ -201,7 +203,7 @@ def answer(
     return [said[i].strip() for i in range(len(prompts))]
 
 
-def judge(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> dict[str, Any]:
+def score_tasks(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> dict[str, Any]:
     """The share of tasks answered right, in all and by kind, and the answers."""
     answers = answer(model, tokenizer, [task.instruction for task in tasks])
     right, asked = Counter(), Counter(task.kind for task in tasks)
@@ -211,12 +213,12 @@ def judge(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> d
     return {"right": round(right.total() / len(tasks), 4), "by_kind": by_kind, "answers": answers}
 
 
-def measure(model: DeepSeek, tokenizer: Tokenizer, lesson: Lesson, device, dtype) -> dict[str, Any]:
+def evaluate_all(model: DeepSeek, tokenizer, lesson: FinetuneData, device, dtype) -> dict[str, Any]:
     """Everything that is compared before and after."""
     result = evaluate(model, lesson.held_out, device, dtype)
     if lesson.tasks:
-        result |= judge(model, tokenizer, lesson.tasks)
-        result["plain_loss"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
+        result |= score_tasks(model, tokenizer, lesson.tasks)
+        result["plain_loss"] = evaluate(model, lesson.retention_set, device, dtype)["val_loss"]
     return result
 
 
@@ -228,37 +230,21 @@ def example(model: DeepSeek, tokenizer: Tokenizer, question: str | None) -> str:
     return f"{' '.join(question.split())[:100]} -> {said[:100]}"
 
 
-def print_scores(tasks: list[stories.Task], before: dict, after: dict) -> None:
-    """A table by kind, and of each kind one task with the answer before and after."""
-    print(f"\n{'held-out tasks':<16}{'asked':>6}{'before':>9}{'after':>9}")
+def score_table(tasks: list[stories.Task], before: dict, after: dict) -> str:
+    """The shares by kind, and of each kind one task with the answer before and after."""
+    lines = [f"\n{'held-out tasks':<16}{'asked':>6}{'before':>9}{'after':>9}"]
     for kind in [*after["by_kind"], "all"]:
         asked = sum(kind in (task.kind, "all") for task in tasks)
         shares = [s["right"] if kind == "all" else s["by_kind"][kind] for s in (before, after)]
-        print(f"{kind:<16}{asked:>6}{shares[0]:>9.1%}{shares[1]:>9.1%}")
+        lines.append(f"{kind:<16}{asked:>6}{shares[0]:>9.1%}{shares[1]:>9.1%}")
     for kind in after["by_kind"]:
         i = [task.kind for task in tasks].index(kind)
-        print(f"\n{tasks[i].instruction}")
+        lines.append(f"\n{tasks[i].instruction}")
         for when, score in (("before", before), ("after", after)):
             text = " ".join(score["answers"][i].split())
             mark = "right" if stories.is_right(tasks[i], score["answers"][i]) else "wrong"
-            print(f"  {when}, {mark}: {text[:200]}{'...' if len(text) > 200 else ''}")
-
-
-def print_summary(args: argparse.Namespace, summary: dict[str, Any], chat: bool) -> None:
-    """The losses before and after, and how to go on."""
-    names = {"val_loss": "held out, nats/token", "val_bpb": "held out, bits/byte"}
-    names |= {"plain_loss": "plain stories, nats/token"}
-    print()
-    for name, meaning in names.items():
-        if f"{name}_before" in summary:
-            off = summary.get(f"{name}_off")
-            print(
-                f"{meaning}: {summary[f'{name}_before']:.4f} before,"
-                f" {summary[f'{name}_after']:.4f} after"
-                + (f", {off:.4f} with the adapter off" if off else "")
-            )
-    model = f"{args.out}/best.pt" if args.full else f"{args.ckpt} --lora {args.out}"
-    print(f"next: python sample.py --ckpt {model}{' --chat' if chat else ''}")
+            lines.append(f"  {when}, {mark}: {text[:200]}{'...' if len(text) > 200 else ''}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -266,154 +252,168 @@ def print_summary(args: argparse.Namespace, summary: dict[str, Any], chat: bool)
 # ----------------------------------------------------------------------------------------------
 
 
-def check_flags(args: argparse.Namespace, typed: set[str]) -> None:
+def check_flags(options: Options, typed: dict[str, Any]) -> None:
     """Raise UsageError for flags that do not go together."""
-    base, out = Path(args.ckpt).resolve(), Path(args.out).resolve()
+    base, out = Path(options.ckpt).resolve(), Path(options.out).resolve()
     if out in (base, base.parent):
-        raise UsageError(f"--out {args.out} holds the base {args.ckpt}: give another --out")
-    for name in ("rank", "alpha", "dropout", "targets"):
-        if args.full and name in typed:
+        raise UsageError(f"--out {options.out} holds the base {options.ckpt}: give another --out")
+    for name in ("lora_rank", "alpha", "dropout", "target_modules"):
+        if options.full and name in typed:
             raise UsageError(f"--{name} is of adapters, and --full trains none: leave one out")
 
 
-def choose_recipe(args: argparse.Namespace, config: Config) -> None:
-    """Fill in what was not typed, but for the number of steps."""
-    for name, value in (FULL_RECIPE if args.full else RECIPE).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def with_recipe(options: Options, config: Config) -> Options:
+    """What was not typed, but for the number of steps."""
+    recipe = FULL_RECIPE if options.full else RECIPE
     # no more than 4096 unless typed: V2's context would take a large card for a single row
-    args.seq_len = args.seq_len or min(4096, config.max_position_embeddings)
-    if args.seq_len > config.max_position_embeddings:
+    recipe = recipe | {"seq_len": min(4096, config.max_position_embeddings)}
+    missing = {k: v for k, v in recipe.items() if getattr(options, k) is None}
+    options = replace(options, **missing)
+    if options.seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"--seq_len {args.seq_len} is more than the model's context: give at most"
+            f"--seq_len {options.seq_len} is more than the model's context: give at most"
             f" {config.max_position_embeddings}"
         )
-    check_pieces(args)
+    return options
 
 
-def weights_digest(model: DeepSeek) -> str:
-    """A hash of all weights, by which a resumed run knows its base."""
-    whole = hashlib.blake2b()
-    for name, tensor in model.state_dict().items():
-        whole.update(name.encode())
-        whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return whole.hexdigest()
+def with_steps(options: Options, lesson: FinetuneData) -> Options:
+    """How long it goes, unless that was typed."""
+    steps, minutes = options.steps, options.minutes
+    if not steps and not minutes:
+        steps = None if lesson.tasks else EPOCHS * lesson.per_epoch
+        minutes = BUILT_IN_MINUTES if lesson.tasks else None
+    warmup = min(WARMUP, (steps or 10**9) // 10) if options.warmup is None else options.warmup
+    return replace(options, steps=steps, minutes=minutes, warmup=warmup)
 
 
-def keep(trainer: Trainer) -> None:
+def save_best(trainer: Trainer) -> None:
     """Write down what has done best so far on what is held out."""
-    if trainer.args.full:
+    if trainer.options.full:
         trainer.save("best.pt")
     elif rank() == 0:
-        with sealing(trainer.out, "adapter_*"):
-            save_lora(trainer.model, trainer.out, base=trainer.args.ckpt)
+        save_lora(trainer.model, trainer.out, base=trainer.options.ckpt)
 
 
-def take_kept(trainer: Trainer) -> None:
-    """Go back to what `keep` wrote."""
-    with first_process_first():  # which wrote it
-        if trainer.args.full:
+def load_best(trainer: Trainer) -> None:
+    """Go back to what `save_best` wrote."""
+    with main_process_first():  # which wrote it
+        if trainer.options.full:
             trainer.model.load_state_dict(load_checkpoint(trainer.out / "best.pt")["model"])
         else:
-            detach_lora(trainer.model)
+            remove_lora(trainer.model)
             load_lora(trainer.model, trainer.out)
 
 
 def main() -> None:
-    # 1. What is asked for, and does it go on from something?
-    parser = make_parser()
-    args, typed = parser.parse_args(), parser.explicit()
-    check_flags(args, typed)
-    state = open_run(args, typed, parser)
-    scored = any("val_loss_after" in record for record in read_log(Path(args.out) / "log.jsonl"))
-    if state and scored and state["step"] >= (args.steps or math.inf):
-        print_unless_quiet(args, f"finished: {state['step']} steps are done; more --steps go on")
+    renamed = {"rank": "lora_rank", "targets": "target_modules"}
+    options, typed = parse_flags(Options, __doc__, renamed)
+    check_flags(options, typed)
+    options, state = open_run(options, typed)
+    scored = any("val_loss_after" in record for record in read_log(Path(options.out) / "log.jsonl"))
+    if state and scored and state["step"] >= (options.steps or math.inf):
+        say(options, f"finished: {state['step']} steps are done; more --steps go on")
         return
-    device = choose_device(args.device)
-    dtype = choose_dtype(state["dtype"] if state else args.dtype, device)
-    join_processes(device)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    note_dtype(options, state, dtype)
+    init_distributed(device)
+    with run_lock(options.out):
+        finetune(options, state, device, dtype)
 
-    # 2. The base, and what it is to learn
-    torch.manual_seed(args.seed)
-    print_unless_quiet(args, f"reading  {args.ckpt} and {args.data}")
-    weights = "float32" if args.dtype == "float32" else "auto"
-    model, tokenizer = open_model(args.ckpt, device, weights)
-    choose_recipe(args, model.config)
-    with first_process_first():
-        lesson = read_lesson(args, tokenizer)
-    if not args.steps and not args.minutes:
-        args.steps = None if lesson.tasks else EPOCHS * lesson.batches
-        args.minutes = BUILT_IN_MINUTES if lesson.tasks else None
-    if args.warmup is None:
-        args.warmup = min(WARMUP, (args.steps or 10**9) // 10)
-    digest = lesson.digest + weights_digest(model) + tokenizer.to_str()
-    digest = hashlib.blake2b(digest.encode()).hexdigest()
-    if state and state["text"] != digest:
-        raise UsageError(
-            f"--data {args.data} or --ckpt {args.ckpt} has changed since the run began: start"
-            " another run"
-        )
 
-    # 3. What is trained, and is there room for it?
-    if args.full:
+def finetune(options: Options, state, device, dtype) -> None:
+    """Base, data, run, and what came of it."""
+    torch.manual_seed(options.seed)
+    say(options, f"reading  {options.ckpt} and {options.data}")
+    weights = "float32" if options.dtype == "float32" else "auto"
+    model, tokenizer = open_model(options.ckpt, device, weights)
+    options = with_recipe(options, model.config)
+    micro_batch_size = check_micro_batches(options)
+    with main_process_first():
+        lesson = read_data(options, tokenizer)
+    options = with_steps(options, lesson)
+    if state and (state["text"] != lesson.digest or state["tokenizer"] != tokenizer.to_str()):
+        raise UsageError(f"--data {options.data} or --ckpt {options.ckpt} is not that of the run")
+
+    if options.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:
-        add_lora(model, args.rank, args.alpha, args.targets, args.dropout)
+        names = options.target_modules
+        add_lora(model, options.lora_rank, options.alpha, names, options.dropout)
     loaded = sum(p.nbytes for p in model.parameters())  # they lie on the device already
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    piece = args.batch_size // (args.grad_accum * world())
-    needed = estimate_memory(model, piece, args.seq_len, args.checkpoint_activations, dtype)
-    needed -= loaded
-    memory = check_memory(needed, device)
-    kept = "best.pt" if args.full else "adapter_model.safetensors, adapter_config.json"
-    for line in (
-        f"model    {args.ckpt}: {total:,} parameters, {trained:,} trained ({trained / total:.1%})",
-        f"text     {args.data}: {lesson.about}",
-        f"step     {args.batch_size} x up to {args.seq_len} tokens, {lesson.batches:,} an epoch",
+    checkpointing = options.checkpoint_activations
+    needed = estimate_memory(model, micro_batch_size, options.seq_len, checkpointing, dtype)
+    memory = check_memory(needed - loaded, device)
+    kept = "best.pt" if options.full else "adapter_model.safetensors, adapter_config.json"
+    lines = [
+        f"model    {options.ckpt}: {total:,} parameters, {trained:,} trained"
+        f" ({trained / total:.1%})",
+        f"text     {options.data}: {lesson.about}",
+        f"step     {options.batch_size} x up to {options.seq_len} tokens, {lesson.per_epoch:,} an"
+        " epoch",
         f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}",
-        f"writes   {kept}, ckpt.pt, log.jsonl, curves.png in {args.out}",
-        *([f"resumes  after step {state['step']}"] if state else []),
-    ):
-        print_unless_quiet(args, line)
+        f"writes   {kept}, ckpt.pt, log.jsonl, curves.png in {options.out}",
+    ]
+    if state:
+        lines.append(f"resumes  after step {state['step']}")
+    say(options, "\n".join(lines))
 
-    # 4. How good is it before? (Adapters begin at zero: this is the base.) Then train
-    before = measure(model, tokenizer, lesson, device, dtype)
+    # Adapters begin at zero: this is the base.
+    before = evaluate_all(model, tokenizer, lesson, device, dtype)
     if state:
         try:
-            model.load_state_dict(state["model"], strict=args.full)
-        except (RuntimeError, TypeError) as error:
-            raise UsageError(f"the checkpoint in {args.out} does not fit its base") from error
-    trainer = Trainer(args, model, tokenizer, digest, device, dtype, state, {"text": lesson.about})
+            model.load_state_dict(state["model"], strict=options.full)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UsageError(f"the checkpoint in {options.out} does not fit its base") from error
+    notes = {"text": lesson.about}
+    trainer = Trainer(options, model, tokenizer, lesson.digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed
     trainer.fit(
-        lesson.batch_at,
+        lesson.get_batch,
         lambda: evaluate(model, lesson.held_out, device, dtype),
         lambda: example(model, tokenizer, lesson.question),
-        lambda: keep(trainer),
+        lambda: save_best(trainer),
     )
-    if trainer.stop and trainer.step < (args.steps or math.inf):
-        again = f"python finetune.py --resume --out {args.out}"
-        print_unless_quiet(args, f"stopped after step {trainer.step}, saved; {again} goes on")
+    if trainer.stop and trainer.step < (trainer.steps or math.inf):
+        again = f"python finetune.py --resume --out {options.out}"
+        say(options, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
 
-    # 5. What came out: of the step that did best, not of the last
-    take_kept(trainer)
-    after = measure(model, tokenizer, lesson, device, dtype)
+    load_best(trainer)  # of the step that did best, not of the last
+    after = evaluate_all(model, tokenizer, lesson, device, dtype)
     summary = {"step": trainer.step, "trainable": trained, "total": total}
     for name in ("right", "by_kind", "val_loss", "val_bpb", "plain_loss"):
         if name in after:
             summary |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if lesson.tasks:
         summary["by_kind"] = summary.pop("by_kind_after")
-    if lesson.plain and not args.full:
-        detach_lora(model)
-        summary["plain_loss_off"] = evaluate(model, lesson.plain, device, dtype)["val_loss"]
+        say(options, score_table(lesson.tasks, before, after))
+    if lesson.retention_set and not options.full:
+        remove_lora(model)
+        off = evaluate(model, lesson.retention_set, device, dtype)
+        summary["plain_loss_off"] = off["val_loss"]
     trainer.log.write(summary)
-    if args.log_level != "quiet" and rank() == 0:
-        if lesson.tasks:
-            print_scores(lesson.tasks, before, after)
-        print_summary(args, summary, chat=lesson.question is not None)
+    say(options, "\n" + summarise(summary))
+    model_is = f"{options.out}/best.pt" if options.full else f"{options.ckpt} --lora {options.out}"
+    say(options, f"next: python sample.py --ckpt {model_is}{' --chat' if lesson.question else ''}")
+
+
+def summarise(summary: dict[str, Any]) -> str:
+    """The losses before and after."""
+    names = {"val_loss": "held out, nats/token", "val_bpb": "held out, bits/byte"}
+    names |= {"plain_loss": "plain stories, nats/token"}
+    lines = []
+    for name, meaning in names.items():
+        if f"{name}_before" in summary:
+            line = f"{meaning}: {summary[f'{name}_before']:.4f} before"
+            line += f", {summary[f'{name}_after']:.4f} after"
+            if off := summary.get(f"{name}_off"):
+                line += f", {off:.4f} with the adapter off"
+            lines.append(line)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
 
 set -a  # every check runs in a bash of its own and needs what is defined here
 DEVICE=${DEVICE:-cuda} LIMIT=${LIMIT:-480} OUT=${1:-$(mktemp -d)}
-BENCH=bench.py
+BENCH=benchmarks.speed
 [[ $DEVICE == cuda* ]] && SLOWER=1 || SLOWER=4
 RUNS=$OUT/runs  # what one check leaves for the next: resume needs interrupt, others need train
 TORCHINDUCTOR_CACHE_DIR=$OUT/runs/inductor  # a killed check may leave half a file in it
@@ -134,7 +134,7 @@ check_chat() {
   echo "$said" | grep -m 1 "[[:alpha:]]"
 }
 
-check_score() { sample --check 20; sample --score LICENSE; }
+check_score() { sample --judge 20; sample --score LICENSE; }
 
 check_finetune() {
   rm -rf "$RUNS/lora" "$RUNS/merged"
@@ -164,7 +164,7 @@ check_tests() {
   python -m pytest --device "$DEVICE" tests/test_device.py
 }
 
-check_bench() { python "$BENCH" --device "$DEVICE" --only peak,decode,train --rounds 3; }
+check_bench() { python -m "$BENCH" --device "$DEVICE" --only peak,decode,train --rounds 3; }
 
 run() {  # a check, the most seconds
   local began=$SECONDS left=$((LIMIT - SECONDS)) code said

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401
 
-import bench
-import data
 import finetune
 import sample
-import scaling
 import train
+from benchmarks import scaling, speed
+from common import data, runtime
 from deepseek import YARN_V2, Config, DeepSeek
 
 ROOT = Path(train.__file__).parent
@@ -52,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device(pytestconfig):
-    return train.choose_device(pytestconfig.getoption("--device"))
+    return runtime.choose_device(pytestconfig.getoption("--device"))
 
 
 def small(**overrides) -> Config:
@@ -85,6 +84,7 @@ def oracle(config: Config):
     return transformers.DeepseekV2ForCausalLM(other).eval()
 
 
+SCRIPTS = (train, finetune, sample, speed, scaling)
 MODEL = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
     " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
@@ -143,11 +143,11 @@ def run(monkeypatch, capsys):
 
     def run(line: str | list[str]):
         name, *arguments = line.split() if isinstance(line, str) else line
-        script = {m.__name__: m for m in (train, finetune, sample, bench, scaling)}[name]
+        script = {m.__name__.rpartition(".")[2]: m for m in SCRIPTS}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:
-            train.run_script(script.main)
+            runtime.run_script(script.main)
         except SystemExit as exit:
             code = exit.code
         out = capsys.readouterr()

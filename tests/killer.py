@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 import finetune  # noqa: E402
 import train  # noqa: E402
+from common import runtime
 
 
 def die(*_, **__):
@@ -60,7 +61,7 @@ def run(script, argv: list[str], moment) -> int:
         sys.argv = [f"{script.__name__}.py", *argv]
         code = 0
         try:
-            train.run_script(script.main)
+            runtime.run_script(script.main)
         except SystemExit as error:
             code = error.code
         sys.stdout.flush()

@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from data import BOS, EOS, SEPARATOR, Batches, Tokens, UsageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import data
-from data import BOS, EOS, SEPARATOR, Batches, DataError, Tokens
 from stories import tell
+
+from common import data, stories
 
 
 def stories(n=300):
@@ -33,7 +33,7 @@ def tokenizer():
 
 
 def texts(tokens: Tokens, tokenizer):
-    spans = zip(tokens.starts[:-1], tokens.starts[1:], strict=True)
+    spans = zip(tokens.doc_offsets[:-1], tokens.doc_offsets[1:], strict=True)
     return [tokenizer.decode(tokens.ids[a:b].tolist()) for a, b in spans]
 
 
@@ -61,7 +61,7 @@ def test_special_tokens_in_a_text_stay_text(tokenizer):
 
 def test_too_few_merges_leave_a_smaller_vocabulary():
     assert data.train_tokenizer(["ab"], 5000).get_vocab_size() < 400
-    with pytest.raises(DataError, match="vocab_size = 257 must be at least 258"):
+    with pytest.raises(UsageError, match="vocab_size = 257 must be at least 258"):
         data.train_tokenizer(["ab"], 257)
 
 
@@ -71,8 +71,8 @@ def test_a_document_is_bos_text_eos_and_every_document_is_there(corpus, tmp_path
     assert sorted(train + val) == sorted(stories())
     assert len(val) > 2
     for part in (ready.train, ready.val):
-        assert (part.ids[part.starts[:-1]] == 0).all() and (
-            part.ids[part.starts[1:] - 1] == 1
+        assert (part.ids[part.doc_offsets[:-1]] == 0).all() and (
+            part.ids[part.doc_offsets[1:] - 1] == 1
         ).all()
         assert (part.ids == 0).sum() == len(part.starts) - 1
 
@@ -268,7 +268,7 @@ def test_jsonl_and_folders_are_read(tmp_path):
 def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         data.prepare(str(tmp_path / name), 300, tmp_path / "cache")
 
 
@@ -279,7 +279,7 @@ def test_an_absent_network_is_answered_with_the_way_out(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DataError, match="TinyStoriesV2-GPT4-train.txt elsewhere .* --data"):
+    with pytest.raises(UsageError, match="TinyStoriesV2-GPT4-train.txt elsewhere .* --data"):
         data.prepare("tinystories", 300, tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_rows_begin_with_documents_and_an_epoch_visits_each_once():
     for epoch in range(3):
         seen = []
         for step in range(11 * epoch, 11 * epoch + 11):
-            inputs, targets = batches.at(step)
+            inputs, targets = batches.get_batch(step)
             assert (inputs[:, 1:] == targets[:, :-1]).all()
             seen += inputs[:, 0].tolist()
         orders.append(seen)
@@ -332,17 +332,17 @@ def test_windows_cover_every_token_once():
     tokenizer.add_tokens([f"w{i}" for i in range(300)])  # the ids below must be known to it
     lengths = [7, 25, 3, 11, 10]
     tokens = some_tokens(lengths)
-    got = data.windows(tokens, tokenizer, seq_len=10, batch_size=3)
+    got = data.build_eval_set(tokens, tokenizer, seq_len=10, batch_size=3)
     targets = sorted(t for _, y in got.rows for t in y.flatten().tolist() if t != data.IGNORE)
     expected = [100 * i + j for i, n in enumerate(lengths) for j in range(1, n)]
     assert targets == expected
-    assert got.tokens == len(expected) and got.floor is None
+    assert got.tokens == len(expected) and got.entropy_floor is None
     assert got.bytes == data.token_bytes(tokenizer)[expected].sum()
     for x, y in got.rows:
         counted = y != data.IGNORE
         assert (x[counted] + 1 == y[counted]).all()  # the target follows its input
         assert ((x[:, 0] % 100) % 10 == 0).all()  # from the start, or a multiple of seq_len
-    limited = data.windows(tokens, tokenizer, 10, 3, limit=12)
+    limited = data.build_eval_set(tokens, tokenizer, 10, 3, limit=12)
     assert limited.tokens == 16  # whole rows, then no more
 
 
@@ -352,11 +352,11 @@ def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     by_text = {story.text: story for story in told}
     train, val = (texts(part, ready.tokenizer) for part in (ready.train, ready.val))
     assert sorted(train + val) == sorted(by_text)
-    got = data.windows(ready.val, ready.tokenizer, 256, 4, stories=True)
+    got = data.build_eval_set(ready.val, ready.tokenizer, 256, 4, stories=True)
     stories = [by_text[text] for text in val]
-    assert got.floor == pytest.approx(sum(s.nats for s in stories) / got.tokens)
+    assert got.entropy_floor == pytest.approx(sum(s.nats for s in stories) / got.tokens)
     assert got.tokens == len(ready.val.ids) - len(val)
-    for number, kind in enumerate(data.FACT_KINDS, 1):
+    for number, kind in enumerate(stories.FACT_KINDS, 1):
         found = []
         for (_, targets), marks in zip(got.rows, got.facts, strict=True):
             assert not ((marks > 0) & (targets == data.IGNORE)).any()
@@ -372,7 +372,7 @@ def test_a_given_tokenizer_cuts_the_text_and_is_part_of_the_cache(corpus, tmp_pa
     assert given[0].get_vocab_size() == given[1].get_vocab_size()
     for tokenizer in given:
         ready = data.prepare(str(corpus), tokenizer, tmp_path)
-        first = ready.train.ids[: ready.train.starts[1]].tolist()
+        first = ready.train.ids[: ready.train.doc_offsets[1]].tolist()
         assert ready.tokenizer.to_str() == tokenizer.to_str()
         assert first[1:-1] == tokenizer.encode(tokenizer.decode(first)).ids
 
@@ -401,7 +401,7 @@ def test_a_large_vocabulary_is_kept_in_uint32(tmp_path, monkeypatch):
 
 
 def test_too_little_text_for_one_row_is_said():
-    with pytest.raises(DataError, match="only 7 tokens, fewer than one row of seq_len = 10"):
+    with pytest.raises(UsageError, match="only 7 tokens, fewer than one row of seq_len = 10"):
         Batches(some_tokens([7]), 1, 10, 0)
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import GROUPS, MODEL, YARN, log_of, oracle, random_model, small
 
 import train
+from common import runtime
 from deepseek import DeepSeek, Experts
 from train import UsageError
 
@@ -51,18 +52,18 @@ def test_a_card_is_taken_by_its_number(cards, monkeypatch):
     for name, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
         cards.clear()
         device = torch.device("cuda", index)
-        assert train.choose_device(name) == device and cards == [index, device]
+        assert runtime.choose_device(name) == device and cards == [index, device]
     for own, index in (("1", 1), ("0", 0), ("", 1)):  # torchrun's word counts, where it says one
         cards.clear()
         monkeypatch.setenv("LOCAL_RANK", own)
-        assert train.choose_device("cuda:1") == torch.device("cuda", index) and cards[0] == index
+        assert runtime.choose_device("cuda:1") == torch.device("cuda", index) and cards[0] == index
     cards.clear()
-    assert train.choose_device("cpu") == torch.device("cpu") == cards[0] and len(cards) == 1
+    assert runtime.choose_device("cpu") == torch.device("cpu") == cards[0] and len(cards) == 1
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UsageError, match="'cuda:2' is not there: this machine has 2 CUDA cards"):
-        train.choose_device("auto")
+        runtime.choose_device("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train.choose_device("auto") == torch.device("mps")
+    assert runtime.choose_device("auto") == torch.device("mps")
 
 
 def test_a_card_in_use_by_others_is_a_sentence(cards, monkeypatch):
@@ -71,15 +72,15 @@ def test_a_card_in_use_by_others_is_a_sentence(cards, monkeypatch):
 
     monkeypatch.setattr(torch._C, "_cuda_setDevice", busy, raising=False)
     with pytest.raises(UsageError, match="does not compute .*busy"):
-        train.choose_device("cuda")
+        runtime.choose_device("cuda")
 
 
 def test_processes_meet_by_the_means_of_their_device(monkeypatch):
     asked = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: asked.append((a, k)))
-    train.join_processes(torch.device("cuda:1"))
-    train.join_processes(torch.device("cpu"))
+    runtime.init_distributed(torch.device("cuda:1"))
+    runtime.init_distributed(torch.device("cpu"))
     (nccl, card), (gloo, none) = asked
     assert nccl == ("nccl",) and card["device_id"] == torch.device("cuda:1")
     assert gloo == ("gloo",) and none["device_id"] is None
@@ -92,18 +93,18 @@ def test_a_card_too_old_for_this_torch_is_told_with_the_reason(cards, monkeypatc
 
     monkeypatch.setattr(torch, "zeros", no_kernel)
     with pytest.raises(UsageError, match=r"does not compute \(CUDA error: no kernel .* available"):
-        train.choose_device("cuda")
+        runtime.choose_device("cuda")
 
 
 def test_what_is_not_there_is_a_sentence_and_our_own_mistakes_are_not(monkeypatch):
     for name in ("cuda", "cuda:7", "mps", "xpu", "meta", "gpu", "cuda:x"):
         with pytest.raises(UsageError, match=f"device '{name}' is"):
-            train.choose_device(name)
+            runtime.choose_device(name)
     for name in ("zeros", "device"):
         with monkeypatch.context() as patch:
             patch.setattr(torch, name, lambda *_, **__: nothing_of_this_name)  # noqa: F821
             with pytest.raises(NameError):
-                train.choose_device("cpu")
+                runtime.choose_device("cpu")
 
 
 def test_debug_shows_the_traceback_behind_a_sentence(run, tmp_path, monkeypatch):

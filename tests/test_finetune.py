@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL, log_of, same
+from data import IGNORE, Example, UsageError
 
-import data
 import finetune
-import stories
-import train
-from data import IGNORE, DataError, Example
+from common import chat, checkpoint, data, stories, trainer
 from deepseek import Config, load_lora
 
 PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
@@ -52,8 +50,8 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    assert data.read_instructions(str(tmp_path / "a.json")) == expected
-    assert data.read_instructions(str(tmp_path / "a.jsonl")) == expected
+    assert chat.read_instructions(str(tmp_path / "a.json")) == expected
+    assert chat.read_instructions(str(tmp_path / "a.jsonl")) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,36 +74,36 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
 def test_unusable_rows_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=message):
-        data.read_instructions(str(tmp_path / name.replace("b.", "a.")))
+    with pytest.raises(UsageError, match=message):
+        chat.read_instructions(str(tmp_path / name.replace("b.", "a.")))
 
 
 def test_alpaca_comes_from_the_hub(cats, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "download", lambda *what: asked.append(what) or cats)
-    assert data.read_instructions("alpaca") == PAIRS
+    assert chat.read_instructions("alpaca") == PAIRS
     assert asked == [("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")]
 
 
 def test_equal_questions_are_held_out_together_and_never_nothing():
     pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
-    taught, held_out = data.hold_out(pairs)
+    taught, held_out = chat.hold_out(pairs)
     assert sorted(taught + held_out) == sorted(pairs)
     assert not {q for q, _ in taught} & {q for q, _ in held_out}
     assert 0 < len(held_out) < 0.15 * len(pairs)
     for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3], [("q5", "a"), ("q5", "b"), ("q68", "c")]):
-        taught, held_out = data.hold_out(few)
+        taught, held_out = chat.hold_out(few)
         assert taught and held_out and not {q for q, _ in taught} & {q for q, _ in held_out}
-    with pytest.raises(DataError, match="questions: give at least 2"):
-        data.hold_out(PAIRS[:1] * 5)
+    with pytest.raises(UsageError, match="questions: give at least 2"):
+        chat.hold_out(PAIRS[:1] * 5)
 
 
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
-    (example,), counts = data.make_examples([PAIRS[3]], tokenizer, 100)
+    (example,), counts = chat.make_examples([PAIRS[3]], tokenizer, 100)
     assert not any(counts.values())
     text = "User: How big is cat 3?\n\nAssistant: Cat 3 is big."
     assert example.ids.tolist() == [0, *tokenizer.encode(text).ids, 1]
-    inputs, targets = data.answers([example])
+    inputs, targets = chat.answers([example])
     assert inputs.tolist() == [example.ids[:-1].tolist()]
     counted = targets[targets != IGNORE]
     assert tokenizer.decode(counted[:-1].tolist()) == " Cat 3 is big." and counted[-1] == 1
@@ -113,33 +111,33 @@ def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
 
 
 def test_special_tokens_typed_into_a_question_or_an_answer_stay_text(tokenizer):
-    (example,), _ = data.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
+    (example,), _ = chat.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
     assert (example.ids[0], example.ids[-1]) == (0, 1)
     assert not np.isin(example.ids[1:-1], [0, 1]).any()
 
 
 def test_long_answers_are_cut_and_empty_ones_left_out_with_a_count(tokenizer):
     pairs = [PAIRS[0], ("Talk!", "cat " * 500), ("Nothing?", " \n"), ("big " * 500, "cat")]
-    examples, counts = data.make_examples(pairs, tokenizer, 50)
+    examples, counts = chat.make_examples(pairs, tokenizer, 50)
     assert counts == {"cut": 1, "empty": 1, "no room": 1}
     whole, cut = examples
     assert whole.ids[-1] == 1 and len(cut.ids) == 51
     assert cut.ids[-1] != 1  # a cut answer does not end
-    inputs, targets = data.answers(examples)
+    inputs, targets = chat.answers(examples)
     assert inputs.shape == targets.shape == (2, 50)
 
 
 def test_an_answer_is_cut_where_the_context_ends_and_not_earlier(tokenizer):
     question, said = PAIRS[0]
-    prompt = len(data.dialogue(tokenizer, [(question, None)]))
-    whole = data.dialogue(tokenizer, [(question, said)])
+    prompt = len(chat.encode_chat(tokenizer, [(question, None)]))
+    whole = chat.encode_chat(tokenizer, [(question, said)])
     for seq_len, cut, no_room in (
         (prompt, 0, 1),  # generation needs a place for the answer, too
         (prompt + 1, 1, 0),
         (len(whole) - 2, 1, 0),
         (len(whole) - 1, 0, 0),  # eos is a target and no input
     ):
-        examples, counts = data.make_examples([(question, f" {said}\n")], tokenizer, seq_len)
+        examples, counts = chat.make_examples([(question, f" {said}\n")], tokenizer, seq_len)
         assert counts == {"cut": cut, "empty": 0, "no room": no_room}, seq_len
     assert examples[0].ids.tolist() == whole and examples[0].question == question
 
@@ -152,11 +150,11 @@ def some_examples(n=500):
 
 def test_an_epoch_has_each_example_in_full_batches_of_like_length():
     examples = some_examples()
-    batches = data.AnswerBatches(examples, 8, seed=1)
+    batches = chat.AnswerBatches(examples, 8, seed=1)
     assert batches.per_epoch == 63
     padding, seen = 0, Counter()
     for step in range(63):
-        inputs, _ = batches.at(step)
+        inputs, _ = batches.get_batch(step)
         assert len(inputs) == 8
         padding += int((inputs == 0).sum())
         seen.update((inputs[:, 0] - 2).tolist())  # which examples they are
@@ -165,38 +163,39 @@ def test_an_epoch_has_each_example_in_full_batches_of_like_length():
 
 
 def test_an_epoch_mixes_lengths_and_company_anew():
-    batches = data.AnswerBatches(some_examples(), 8, seed=1)
-    widths = [batches.at(step)[0].shape[1] for step in range(63)]
+    batches = chat.AnswerBatches(some_examples(), 8, seed=1)
+    widths = [batches.get_batch(step)[0].shape[1] for step in range(63)]
     assert abs(np.corrcoef(np.arange(63), widths)[0, 1]) < 0.5
     epochs = [
-        {frozenset(batches.at(63 * e + s)[0][:, 0].tolist()) for s in range(63)} for e in (0, 1)
+        {frozenset(batches.get_batch(63 * e + s)[0][:, 0].tolist()) for s in range(63)}
+        for e in (0, 1)
     ]
     assert not epochs[0] & epochs[1]
 
 
 def test_batches_of_answers_depend_on_seed_and_step_alone():
     examples = some_examples()
-    one, two = (data.AnswerBatches(examples, 8, seed=1) for _ in range(2))
+    one, two = (chat.AnswerBatches(examples, 8, seed=1) for _ in range(2))
     for step in (3, 70, 3):
         a, b = one.at(step), two.at(step)
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    other = data.AnswerBatches(examples, 8, seed=2)
+    other = chat.AnswerBatches(examples, 8, seed=2)
     assert not all(torch.equal(one.at(s)[0], other.at(s)[0]) for s in range(3))
     assert not all(torch.equal(one.at(s)[0], one.at(s + 63)[0]) for s in range(3))
 
 
 def test_padding_changes_nothing(tokenizer, trained):
-    model = train.build_model(train.load_checkpoint(trained))
+    model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
     pairs = [("Big?", "Yes."), ("Cat 7?", "Cat 7 is big, very big."), ("Who?", "I")]
-    examples, _ = data.make_examples(pairs, tokenizer, 31)
+    examples, _ = chat.make_examples(pairs, tokenizer, 31)
     assert len({len(e.ids) for e in examples}) == 3
     with torch.no_grad():
-        together = model(*(t.clamp(max=319) for t in data.answers(examples))).loss
-        alone = [model(*(t.clamp(max=319) for t in data.answers([e]))).loss for e in examples]
+        together = model(*(t.clamp(max=319) for t in chat.answers(examples))).loss
+        alone = [model(*(t.clamp(max=319) for t in chat.answers([e]))).loss for e in examples]
     sizes = torch.tensor([float(len(e.ids) - e.answer) for e in examples])
     expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
     assert together.item() == pytest.approx(expected.item(), rel=1e-5)
-    windows = data.answer_windows(examples, tokenizer, 2, 10**9)
+    windows = chat.answer_eval_set(examples, tokenizer, 2, 10**9)
     assert windows.tokens == sizes.sum() and len(windows.rows) == 2
     assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
 
@@ -210,7 +209,7 @@ def test_padding_changes_nothing(tokenizer, trained):
 def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     before = trained.read_bytes()
     out = tmp_path / "o"
-    how = full or "--rank 4 --alpha 6 --dropout 0.25"
+    how = full or "--lora_rank 4 --alpha 6 --dropout 0.25"
     line = f"finetune --ckpt {trained} --data {cats} {how} --steps 30 --lr 0.03 --warmup 2"
     code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
     assert code == 0, err
@@ -229,7 +228,7 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert summary["val_loss_after"] < summary["val_loss_before"] - 0.2
     best = min(r["val_loss"] for r in records if "val_loss" in r)
     assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
-    model, tokenizer = train.open_model(str(trained), torch.device("cpu"), "auto")
+    model, tokenizer = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
     total, _ = model.num_parameters()
     adapted = [  # every projection; routed experts have none
         module
@@ -260,7 +259,7 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert f"next: python sample.py {place} --chat" in text
     load_lora(model, out)
     adapted = model(torch.arange(20)[None]).logits
-    merged, _ = train.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
+    merged, _ = checkpoint.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
     assert torch.allclose(merged(torch.arange(20)[None]).logits, adapted, atol=1e-5)
 
 
@@ -271,7 +270,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert run(f"{line} --steps 12 --out {tmp_path}/whole")[0] == 0
     assert run(f"{line} --steps 6 --out {tmp_path}/parts")[0] == 0
     assert run(f"finetune --resume --steps 12 --out {tmp_path}/parts")[0] == 0
-    a, b = (train.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
+    a, b = (checkpoint.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
     for key in ("model", "optimizer", "rng", "step", "tokens", "best_val_loss"):
         assert same(a[key], b[key]), key
     whole, parts = (log_of(tmp_path / n)[1:] for n in ("whole", "parts"))
@@ -281,28 +280,28 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert code == 0 and "finished: 12 steps" in out
 
 
-@pytest.mark.parametrize("how", ["--rank 2", "--full"])
+@pytest.mark.parametrize("how", ["--lora_rank 2", "--full"])
 def test_where_the_loss_rises_again_the_earlier_best_stays(run, trained, cats, tmp_path, how):
     line = f"finetune --ckpt {trained} --data {cats} --batch_size 8 --warmup 0 --dtype float32"
     line += f" --schedule constant --eval_every 1 {how} --out {tmp_path}/o"
     assert run(f"{line} --steps 4 --lr 0.01")[0] == 0
     kept = tmp_path / "o" / ("best.pt" if how == "--full" else "adapter_model.safetensors")
     before = kept.read_bytes()
-    state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
+    state = checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
     state["best_val_loss"] = 0.0  # as if no later step could be better
-    train.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
+    checkpoint.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
     assert run(f"finetune --resume --steps 6 --out {tmp_path}/o")[0] == 0
     assert kept.read_bytes() == before
     *_, last = log_of(tmp_path / "o")
     source = str(kept if how == "--full" else trained)
-    model, tokenizer = train.open_model(source, torch.device("cpu"), "auto")
+    model, tokenizer = checkpoint.open_model(source, torch.device("cpu"), "auto")
     if how != "--full":
         load_lora(model, tmp_path / "o")
-    held_out = data.make_examples(
-        data.hold_out(data.read_instructions(str(cats)))[1], tokenizer, 32
+    held_out = chat.make_examples(
+        chat.hold_out(chat.read_instructions(str(cats)))[1], tokenizer, 32
     )[0]
-    windows = data.answer_windows(held_out, tokenizer, 8, 10**9)
-    loss = train.evaluate(model, windows, torch.device("cpu"), torch.float32)["val_loss"]
+    windows = chat.answer_eval_set(held_out, tokenizer, 8, 10**9)
+    loss = trainer.evaluate(model, windows, torch.device("cpu"), torch.float32)["val_loss"]
     assert last["val_loss_after"] == pytest.approx(loss, rel=1e-4)
 
 
@@ -313,8 +312,8 @@ def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_pat
     *_, summary = log_of(tmp_path / "o")
     assert code == 0 and "held out, bits/byte" in out
     assert summary["val_bpb_after"] < summary["val_bpb_before"] - 0.3
-    stored = train.load_checkpoint(trained)["tokenizer"]
-    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["tokenizer"] == stored
+    stored = checkpoint.load_checkpoint(trained)["tokenizer"]
+    assert checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")["tokenizer"] == stored
 
 
 def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch):
@@ -322,7 +321,7 @@ def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch
     line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
     assert run(f"{line} --log_level quiet")[0] == 0
     line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
-    code, out, _ = run(f"{line} --rank 8 --dtype float32 --out {tmp_path}/o")
+    code, out, _ = run(f"{line} --lora_rank 8 --dtype float32 --out {tmp_path}/o")
     *_, summary = log_of(tmp_path / "o")
     assert code == 0 and "held-out tasks" in out and out.count("before, wrong:") == 5
     assert summary["right_before"] == summary["right_after"] == 0
@@ -337,7 +336,7 @@ def test_answers_are_judged_by_kind(monkeypatch):
     tasks = [t for t, _ in zip(stories.instructions(3, held_out=True), range(60), strict=False)]
     said = [t.answer if t.kind != "who" else "Nobody." for t in tasks]
     monkeypatch.setattr(finetune, "answer", lambda *_: said)
-    score = finetune.judge(None, None, tasks)
+    score = finetune.score_tasks(None, None, tasks)
     assert score["by_kind"]["who"] == 0
     assert {v for k, v in score["by_kind"].items() if k != "who"} == {1}
     who = sum(t.kind == "who" for t in tasks)
@@ -371,15 +370,15 @@ def test_before_is_before_and_after_is_after(run, tmp_path, monkeypatch, capsys)
 
 
 def read_lesson(trained, line):
-    tokenizer = data.load_tokenizer(train.load_checkpoint(trained)["tokenizer"])
+    tokenizer = data.load_tokenizer(checkpoint.load_checkpoint(trained)["tokenizer"])
     args = finetune.make_parser().parse_args(line.split())
     args.seq_len = args.seq_len or 512  # this tokenizer knows few words
-    finetune.choose_recipe(args, Config.preset("tiny", max_position_embeddings=512))
-    return finetune.read_lesson(args, tokenizer)
+    finetune.with_recipe(args, Config.preset("tiny", max_position_embeddings=512))
+    return finetune.read_data(args, tokenizer)
 
 
 def test_what_is_held_out_is_not_taught(trained, cats):
-    taught, held_out = data.hold_out(PAIRS)
+    taught, held_out = chat.hold_out(PAIRS)
     lesson = read_lesson(trained, f"--data {cats} --seq_len 32 --batch_size 8")
     assert lesson.about.startswith(f"{len(taught)} instructions, {len(held_out)} held out")
     assert lesson.question == held_out[0][0]
@@ -405,7 +404,7 @@ def test_how_long_it_trains_unless_told(run, trained, cats, tmp_path, monkeypatc
         seen.append((trainer.args.steps, trainer.args.minutes, trainer.args.lr))
         trainer.stop = True
 
-    monkeypatch.setattr(train.Trainer, "fit", fit)
+    monkeypatch.setattr(trainer.Trainer, "fit", fit)
     (tmp_path / "dogs.txt").write_text("The dog 7 sat on the rug. " * 400)
     epochs = []
     for source in (cats, tmp_path / "dogs.txt"):
@@ -440,10 +439,10 @@ def test_answers_are_greedy_and_end_at_eos(tokenizer):
 
 
 def test_answers_together_are_those_one_by_one(trained):
-    state = train.load_checkpoint(trained)
-    model, tokenizer = train.build_model(state), data.load_tokenizer(state["tokenizer"])
+    state = checkpoint.load_checkpoint(trained)
+    model, tokenizer = checkpoint.build_model(state), data.load_tokenizer(state["tokenizer"])
     questions = ["a", "What?", "b"]
-    assert all(len(data.dialogue(tokenizer, [(q, None)])) < 31 for q in questions)
+    assert all(len(chat.encode_chat(tokenizer, [(q, None)])) < 31 for q in questions)
     together = finetune.answer(model, tokenizer, questions, rows=2)
     assert together == [finetune.answer(model, tokenizer, [q])[0] for q in questions]
 
@@ -466,10 +465,10 @@ def test_built_in_tasks_held_out_share_no_hero_and_thing_with_the_taught():
         ("--data stories:0", "N from 1"),
         ("--data {tmp}/long.json", "0 have an answer and fit into 32 tokens"),
         ("--data stories", "need a context of"),
-        ("--data {cats} --full --rank 4", "--rank is of adapters"),
+        ("--data {cats} --full --lora_rank 4", "--lora_rank is of adapters"),
         ("--data {cats} --overwrite --out {base}", "holds the base"),
-        ("--data {cats} --targets nothing", "target 'nothing' is no linear layer"),
-        ("--data {cats} --rank 0", "--rank"),
+        ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
+        ("--data {cats} --lora_rank 0", "--lora_rank"),
         ("--data {cats} --alpha nan", "--alpha"),
         ("--data {cats} --dropout 1", "--dropout"),
         ("--data {cats} --steps 3 --minutes 3", "exclude each other"),
@@ -496,13 +495,13 @@ def test_another_base_or_text_is_not_resumed_on(run, trained, cats, tmp_path):
     shutil.copy(trained, base)
     line = f"finetune --ckpt {base} --data {cats} --steps 2 --batch_size 8 --out {tmp_path}/o"
     assert run(line)[0] == 0
-    state = train.load_checkpoint(base, mmap=False)
+    state = checkpoint.load_checkpoint(base, mmap=False)
     state["model"]["lm_head.weight"][0, 0] += 1e-3
-    train.save_checkpoint(base, state)
+    checkpoint.save_checkpoint(base, state)
     code, _, err = run(f"finetune --resume --steps 3 --out {tmp_path}/o")
     assert code == 2 and "has changed since the run began" in err
     shutil.copy(trained, base)
-    other = [(q, a + "!" if (q, a) in data.hold_out(PAIRS)[1] else a) for q, a in PAIRS]
+    other = [(q, a + "!" if (q, a) in chat.hold_out(PAIRS)[1] else a) for q, a in PAIRS]
     for changed in (PAIRS[:-1], other):
         cats.write_text(json.dumps(rows(changed)))
         assert run(f"finetune --resume --steps 3 --out {tmp_path}/o")[0] == 2

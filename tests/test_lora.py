@@ -9,16 +9,17 @@ import torch
 from conftest import GROUPS, YARN, oracle, random_model, small
 from safetensors.torch import load_file, save_file
 
+from common import formats
 from deepseek import (
     MLA_PROJECTIONS,
-    CheckpointError,
     ConfigError,
     LoRALinear,
+    UsageError,
     add_lora,
-    detach_lora,
     load_lora,
     lora_state,
     merge_lora,
+    remove_lora,
     save_lora,
 )
 from finetune import TARGETS
@@ -71,7 +72,7 @@ def test_the_start_is_the_base_exactly_and_only_adapters_learn(overrides):
         if ".lora_" not in name:
             assert torch.equal(value, before[name.replace(".base_layer", "")])
     assert not torch.allclose(logits(model.eval()), base, atol=1e-3)
-    back = detach_lora(model)
+    back = remove_lora(model)
     assert torch.equal(logits(model), base)
     assert {k for k in model.state_dict()} == set(before)
     back()
@@ -142,7 +143,7 @@ def test_merging_in_bfloat16_keeps_the_original():
     before = logits(model)
     merge_lora(model)()
     assert torch.equal(logits(model), before)
-    detach_lora(model)
+    remove_lora(model)
     assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
 
 
@@ -188,8 +189,8 @@ def test_peft_gives_the_same_logits_from_our_files(overrides, options, tmp_path)
     model = adapted(**overrides | options)
     save_lora(model, tmp_path / "lora", base="somewhere")
     expected = logits(model)
-    detach_lora(model)
-    model.save_pretrained(tmp_path / "base")
+    remove_lora(model)
+    formats.save_pretrained(model, tmp_path / "base")
     load = dict(attn_implementation="eager")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **load)
     other = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
@@ -211,7 +212,7 @@ def made_by_peft(model, folder, **settings):
         for name, p in other.named_parameters():
             if "lora_" in name:
                 p.add_(torch.empty_like(p).normal_(0, 0.1))
-    other.save_pretrained(folder)
+    formats.save_pretrained(other, folder)
     return logits(other)
 
 
@@ -261,7 +262,7 @@ def test_what_peft_makes_is_read_to_the_same_logits_or_refused(settings, refused
     model = random_model(small())
     expected = made_by_peft(model, tmp_path, **settings)
     if refused:
-        with pytest.raises(CheckpointError, match=refused):
+        with pytest.raises(UsageError, match=refused):
             load_lora(model, tmp_path)
     else:
         load_lora(model, tmp_path)
@@ -290,7 +291,7 @@ def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
             load_lora(model, tmp_path)
             close(logits(model), expected)
         else:
-            with pytest.raises(CheckpointError, match=f"has {name} = .* only plain LoRA"):
+            with pytest.raises(UsageError, match=f"has {name} = .* only plain LoRA"):
                 load_lora(model, tmp_path)
             assert not lora_state(model)
     model = random_model(small())
@@ -326,7 +327,7 @@ def test_saved_and_loaded_nothing_has_changed(tmp_path):
 
 def test_an_adapter_that_cannot_be_written_is_said_and_the_old_one_stays(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         save_lora(adapted(), tmp_path / "file")
     save_lora(adapted(), tmp_path / "lora")
     before = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
@@ -336,7 +337,7 @@ def test_an_adapter_that_cannot_be_written_is_said_and_the_old_one_stays(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         save_lora(adapted(seed=2), tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == before
     assert len(list((tmp_path / "lora").iterdir())) == 2
@@ -345,7 +346,7 @@ def test_an_adapter_that_cannot_be_written_is_said_and_the_old_one_stays(tmp_pat
 def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
     save_lora(adapted(), tmp_path)
     for overrides in (dict(hidden_size=51), dict(num_hidden_layers=2), dict(q_lora_rank=28)):
-        with pytest.raises(CheckpointError, match="does not fit the model at model.layers"):
+        with pytest.raises(UsageError, match="does not fit the model at model.layers"):
             load_lora(random_model(small(**overrides)), tmp_path)
     path, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     record, state = json.loads(path.read_text()), load_file(file)
@@ -359,36 +360,36 @@ def test_adapters_of_another_base_or_kind_are_refused(tmp_path):
         dict(modules_to_save=["lm_head"]),
     ):
         path.write_text(json.dumps(record | change))
-        with pytest.raises(CheckpointError, match=f"has {next(iter(change))} = .* only plain LoRA"):
+        with pytest.raises(UsageError, match=f"has {next(iter(change))} = .* only plain LoRA"):
             load_lora(random_model(small()), tmp_path)
     path.write_text(json.dumps({k: v for k, v in record.items() if k != "peft_type"}))
-    with pytest.raises(CheckpointError, match="has peft_type = None"):
+    with pytest.raises(UsageError, match="has peft_type = None"):
         load_lora(random_model(small()), tmp_path)
     path.write_text(json.dumps(record | dict(r=5)))
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(UsageError, match="does not fit"):
         load_lora(random_model(small()), tmp_path)
     path.write_text(json.dumps(record))
     lost = {k: v for k, v in state.items() if "layers.1.self_attn.o_proj.lora_B" not in k}
     save_file(lost, file)
-    with pytest.raises(CheckpointError, match="layers.1.self_attn.o_proj"):
+    with pytest.raises(UsageError, match="layers.1.self_attn.o_proj"):
         load_lora(random_model(small()), tmp_path)
     save_file(state | {next(iter(state)).replace("weight", "bias"): torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match="holds tensors that are no lora_A"):
+    with pytest.raises(UsageError, match="holds tensors that are no lora_A"):
         load_lora(random_model(small()), tmp_path)
     save_file({}, file)
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(UsageError, match="holds no adapter"):
         load_lora(random_model(small()), tmp_path)
     file.write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(UsageError, match="cut short"):
         load_lora(random_model(small()), tmp_path)
     file.unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(UsageError, match="is missing"):
         load_lora(random_model(small()), tmp_path)
     path.write_text(json.dumps(record | dict(lora_alpha=None)))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         load_lora(random_model(small()), tmp_path)
     path.write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         load_lora(random_model(small()), tmp_path)
-    with pytest.raises(CheckpointError, match="has no adapter_config.json"):
+    with pytest.raises(UsageError, match="has no adapter_config.json"):
         load_lora(random_model(small()), tmp_path / "nowhere")

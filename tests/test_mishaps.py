@@ -19,10 +19,10 @@ from conftest import MODEL, ROOT, log_of, random_model, same, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data
 import finetune
 import sample
 import train
+from common import chat, checkpoint, data, trainer
 
 KILLER = Path(__file__).with_name("killer.py")
 SWEEP = pytest.mark.slow  # of the full number of cases
@@ -41,7 +41,7 @@ def sweep(few: int, many: int):
 def moments(cases: int, seconds: float) -> list:
     """Moments of a run: half of them drawn, the others in the middle of writing or evaluating."""
     rng = random.Random(cases)
-    calls = ["torch.save", "train.evaluate", "os.replace", "os.fsync", "train.draw_curves"]
+    calls = ["torch.save", "trainer.evaluate", "os.replace", "os.fsync", "runlog.draw_curves"]
     named = [[name, 2 + rng.randrange(2)] for name in calls * cases][: -(-cases // 2)]
     return named + [rng.uniform(0, seconds) for _ in range(cases - len(named))]
 
@@ -64,7 +64,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(corpus, trained, tmp_path
         command = [sys.executable, str(KILLER), script, json.dumps(line.split()), json.dumps(when)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-        state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
+        state = checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
         records = [r for r in log_of(tmp_path / "o")[1:] if "loss" in r]
         losses = [(r["step"], r["loss"], r.get("val_loss")) for r in records]
         kept = [p.read_bytes() for p in sorted((tmp_path / "o").glob("adapter_*"))]
@@ -119,24 +119,24 @@ def test_a_disk_that_fills_up_costs_no_good_checkpoint(run, corpus, small_disk):
     out = small_disk(3000) / "o"
     line = f"train {MODEL} --data {corpus} --save_every 4 --eval_every 4 --out {out}"
     assert run(f"{line} --steps 4")[0] == 0
-    before = train.load_checkpoint(out / "ckpt.pt", mmap=False)
+    before = checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False)
     stuffing = fill(out.parent)
     code, _, err = run(f"train --resume --steps 12 --out {out}")
     assert code == 2 and err.count("ckpt.pt cannot be written") == 2, err  # once, and at the end
     assert "it takes 0.5 MB and 0.0 MB are free; going on" in err and "make room" in err
-    assert same(train.load_checkpoint(out / "ckpt.pt", mmap=False), before)
+    assert same(checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False), before)
     steps = [r["step"] for r in log_of(out)[1:]]  # no half line
     assert steps == list(range(1, len(steps) + 1))
     stuffing.unlink()
     assert run(f"train --resume --steps 12 --out {out}")[0] == 0
     assert [r["step"] for r in log_of(out)[1:]] == list(range(1, 13))
-    assert train.load_checkpoint(out / "ckpt.pt")["step"] == 12
+    assert checkpoint.load_checkpoint(out / "ckpt.pt")["step"] == 12
     assert not [path for path in out.iterdir() if "tmp" in path.name]
 
 
 def test_room_made_while_training_brings_everything_in(run, corpus, small_disk, monkeypatch):
     out = small_disk(3000) / "o"
-    step, room = train.Trainer.train_step, []
+    step, room = trainer.Trainer.train_step, []
 
     def fill_and_empty(self, *batch):
         if self.step == 2:
@@ -145,13 +145,13 @@ def test_room_made_while_training_brings_everything_in(run, corpus, small_disk, 
             room.pop().unlink()
         return step(self, *batch)
 
-    monkeypatch.setattr(train.Trainer, "train_step", fill_and_empty)
+    monkeypatch.setattr(trainer.Trainer, "train_step", fill_and_empty)
     line = f"train {MODEL} --data {corpus} --save_every 20 --eval_every 20 --steps 40 --out {out}"
     code, _, err = run(line)
     assert code == 0 and "log.jsonl cannot be written: No space left on device; going on" in err
     assert "ckpt.pt cannot be written" in err and "curves.png cannot be written" in err
     assert [r["step"] for r in log_of(out)[1:]] == list(range(1, 41))
-    assert train.load_checkpoint(out / "ckpt.pt")["step"] == 40
+    assert checkpoint.load_checkpoint(out / "ckpt.pt")["step"] == 40
 
 
 @pytest.mark.parametrize("room", [2_000, 16_000])  # for not even the tokenizer, for no tokens
@@ -281,7 +281,7 @@ class Bomb:
 
 def test_code_in_a_checkpoint_is_not_run(run, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = train.load_checkpoint(trained, mmap=False)
+    state = checkpoint.load_checkpoint(trained, mmap=False)
     torch.save({**state, "tokens": Bomb()}, tmp_path / "bomb.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("bomb.pt", "plain.pt"):
@@ -298,7 +298,7 @@ STRANGE = [None, True, -1, 0, 3, 10**9, math.nan, "x", "", [], {}, {"a": 1}, tor
 @sweep(20, 500)
 def test_a_checkpoint_with_strange_contents_is_refused_or_works(run, trained, tmp_path, cases):
     """A value at a random place of the checkpoint is another one, or is missing."""
-    state = train.load_checkpoint(trained, mmap=False)
+    state = checkpoint.load_checkpoint(trained, mmap=False)
     sample = f"sample --ckpt {tmp_path}/o/ckpt.pt --temperature 0 --max_new_tokens 5"
     resume = f"train --resume --steps 3 --out {tmp_path}/o"
     (tmp_path / "o").mkdir()
@@ -343,7 +343,7 @@ def test_a_checkpoint_with_strange_contents_is_refused_or_works(run, trained, tm
     ],
 )
 def test_a_part_that_does_not_fit_is_refused(run, trained, tmp_path, part, name, value):
-    state = train.load_checkpoint(trained, mmap=False)
+    state = checkpoint.load_checkpoint(trained, mmap=False)
     (state[part] if part else state)[name] = value
     (tmp_path / "o").mkdir()
     torch.save(state, tmp_path / "o" / "ckpt.pt")
@@ -504,11 +504,11 @@ def test_a_prompt_as_long_as_the_context(run, trained):
 @settings(max_examples=200, derandomize=True, **QUIET)
 @given(st.text() | st.sampled_from([data.BOS, data.EOS, f"x{data.EOS}y", "a\0b", "a" * 100_000]))
 def test_what_a_user_types_never_becomes_a_special_token(trained, text):
-    tokenizer = data.load_tokenizer(train.load_checkpoint(trained)["tokenizer"])
+    tokenizer = data.load_tokenizer(checkpoint.load_checkpoint(trained)["tokenizer"])
     specials = {tokenizer.token_to_id(data.BOS), tokenizer.token_to_id(data.EOS)}
-    ids = data.dialogue(tokenizer, [(text, None)])
+    ids = chat.encode_chat(tokenizer, [(text, None)])
     assert ids[0] in specials and not specials & set(ids[1:])
-    assert tokenizer.decode(ids) == data.TEMPLATE.format(question=text)
+    assert tokenizer.decode(ids) == chat.TEMPLATE.format(question=text)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -574,7 +574,7 @@ def test_resume_reads_stored_flags_as_they_are_typed():
     stored = vars(parser.parse_args(["--norm_topk_prob", "true"]))
     assert parser.check(stored) == stored and stored["norm_topk_prob"] is True
     tuned = finetune.make_parser()
-    stored = vars(tuned.parse_args("--targets q_proj o_proj --full".split()))
+    stored = vars(tuned.parse_args("--target_modules q_proj o_proj --full".split()))
     assert tuned.check(stored) == stored
 
 
@@ -585,5 +585,5 @@ def test_a_chat_survives_bytes_that_are_no_text(trained):
 
 
 def test_a_check_of_nothing(run, trained):
-    code, out, err = run(f"sample --ckpt {trained} --check 2 --max_new_tokens 0")
+    code, out, err = run(f"sample --ckpt {trained} --judge 2 --max_new_tokens 0")
     assert code == 0 and "0 of 2" in out, err

@@ -20,11 +20,11 @@ from deepseek import (
     RMSNorm,
     Routing,
     add_lora,
-    balance_loss,
+    apply_rotary_emb,
+    balance_losses,
     drop_tokens,
     rope_angles,
     rope_frequencies,
-    rotate,
     softmax_scale,
 )
 
@@ -579,7 +579,7 @@ def test_rope_is_multiplication_by_a_complex_number():
     turn = torch.tensor([10000.0 ** (-2 * j / 8) for j in range(4)])
     unit = torch.polar(torch.ones(9, 4), torch.arange(9.0)[:, None] * turn)
     expected = torch.view_as_real(pairs * unit[None, :, None]).flatten(-2)
-    assert torch.allclose(rotate(x, *rope_angles(config, positions)), expected, atol=1e-6)
+    assert torch.allclose(apply_rotary_emb(x, *rope_angles(config, positions)), expected, atol=1e-6)
 
 
 def test_yarn_slows_each_pair_by_the_golden_ratio():
@@ -626,7 +626,9 @@ def test_cache_holds_the_normed_latent_and_the_rotated_key():
         latent, k_pe = layer.self_attn.kv_a_proj_with_mqa(x).split([20, 8], -1)
         norm = layer.self_attn.kv_a_layernorm.weight
         normed = latent / (latent.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm
-        turned = rotate(k_pe[:, :, None], *rope_angles(model.config, torch.arange(5)[None]))
+        turned = apply_rotary_emb(
+            k_pe[:, :, None], *rope_angles(model.config, torch.arange(5)[None])
+        )
     assert cache.latents.shape == (3, 1, 16, 28)
     close(cache.latents[0, :, :5], torch.cat([normed, turned[:, :, 0]], -1))
     assert (cache.latents[:, :, 5:] == 0).all()
@@ -647,7 +649,7 @@ def test_a_cache_decodes_absorbed_and_reads_a_prompt_expanded():
     def absorbs(tokens, cached, cache=cache):
         cache and setattr(cache, "lengths", [cached])
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        return deepseek.make_span(config, ids, cache, None).absorb
+        return deepseek.attention_context(config, ids, cache, None).absorb
 
     assert absorbs(1, 500) and not absorbs(500, 0) and not absorbs(300, 300)
     assert not absorbs(5, 0, cache=None)
@@ -760,7 +762,7 @@ def test_uniform_probabilities_give_each_loss_its_weight(kind):
     index = torch.rand(2, 10, 8).topk(3).indices  # whatever was chosen
     sent = torch.zeros(2, 10, 4, dtype=torch.bool)
     sent.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
-    loss = balance_loss(config, routing_of(torch.full((2, 10, 8), 1 / 8), index, sent))
+    loss = balance_losses(config, routing_of(torch.full((2, 10, 8), 1 / 8), index, sent))
     assert loss.item() == pytest.approx(0.25, rel=1e-6)
 
 
@@ -778,7 +780,7 @@ def test_balance_losses_equal_a_computation_by_hand():
     communication = 4 / (2 * 2) * (2 * 0.35 + 1 * 0.25 + 1 * 0.3)
     config = small(**GROUPS, aux_loss_alpha=1.0, device_loss_alpha=10.0)
     config = Config(**vars(config) | dict(comm_loss_alpha=100.0))
-    loss = balance_loss(config, routing_of(scores, index, sent))
+    loss = balance_losses(config, routing_of(scores, index, sent))
     assert loss.item() == pytest.approx(expert + 10 * device + 100 * communication, rel=1e-5)
 
 
@@ -787,7 +789,7 @@ def test_balance_is_per_sequence_not_per_batch():
     config = small(num_experts_per_tok=4, aux_loss_alpha=1.0, device_loss_alpha=0.0)
     index = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])[:, None].expand(2, 6, 4)
     scores = F.one_hot(index, 8).sum(-2) / 4.0
-    assert balance_loss(config, routing_of(scores, index)).item() == pytest.approx(2.0)
+    assert balance_losses(config, routing_of(scores, index)).item() == pytest.approx(2.0)
 
 
 def test_balance_gradient_flows_through_probabilities_only():
@@ -797,7 +799,7 @@ def test_balance_gradient_flows_through_probabilities_only():
     index = scores.topk(3).indices
     sent = torch.zeros(2, 10, 4, dtype=torch.bool)
     sent.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
-    grad = torch.autograd.grad(balance_loss(config, routing_of(scores, index, sent)), scores)[0]
+    grad = torch.autograd.grad(balance_losses(config, routing_of(scores, index, sent)), scores)[0]
     f = F.one_hot(index, 8).sum((1, 2)) * 8 / (3 * 10)  # B E
     of_device = f.view(2, 4, 2).mean(-1).repeat_interleave(2, -1)
     of_sending = (sent.float().mean(1) * 4 / 2).repeat_interleave(2, -1)
@@ -964,14 +966,14 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
     model = random_model(small(**GROUPS))
     eager = generated(model, prompts, 30, temperature=0)
     assert not graphs
-    assert torch.equal(generated(model, prompts, 30, temperature=0, compile=True), eager)
+    assert torch.equal(generated(model, prompts, 30, temperature=0, compiled=True), eager)
     assert 1 <= len(graphs) <= 2  # the first step's, and one for all lengths
-    generated(model, prompts, 30, temperature=0, compile=True)
+    generated(model, prompts, 30, temperature=0, compiled=True)
     assert len(graphs) <= 2
     for more in ([7], [7, 8, 9]):  # after two lengths any will do
         longer = [prompt + more for prompt in prompts]
         eager = generated(model, longer, 30 + len(more), temperature=0)
-        told = generated(model, longer, 30 + len(more), temperature=0, compile=True)
+        told = generated(model, longer, 30 + len(more), temperature=0, compiled=True)
         assert torch.equal(told, eager)
         assert len(graphs) <= 3
 

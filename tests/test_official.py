@@ -12,10 +12,10 @@ import torch
 from conftest import GROUPS, MODEL, YARN, oracle, random_model, small
 from safetensors.torch import load_file, save_file
 
-import data
 import deepseek
 import sample
-from deepseek import CheckpointError, Config, ConfigError, DeepSeek, official_tensors
+from common import chat, data, formats
+from deepseek import Config, ConfigError, DeepSeek, UsageError, official_tensors
 
 ROOT = Path(deepseek.__file__).parent
 IDS = torch.arange(60).view(2, 30) % 96
@@ -46,9 +46,9 @@ def logits(model):
 @pytest.mark.parametrize("overrides", [{}, GROUPS | YARN | dict(q_lora_rank=28)])
 def test_what_transformers_writes_is_read(overrides, tmp_path):
     other = oracle(small(**overrides))
-    other.save_pretrained(tmp_path)
+    formats.save_pretrained(other, tmp_path)
     expected = logits(other)
-    model = DeepSeek.from_pretrained(tmp_path)
+    model = formats.load_pretrained(tmp_path)
     assert not model.training and model.config.rope_scaling == overrides.get("rope_scaling")
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -106,7 +106,7 @@ def test_the_released_config_is_read_to_the_last_field(tmp_path):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_one_file_or_many_and_experts_singly_or_fused(fused, parts, tmp_path):
     model = random_model(small())
-    model.save_pretrained(tmp_path)  # for its config.json
+    formats.save_pretrained(model, tmp_path)  # for its config.json
     (tmp_path / "model.safetensors").unlink()
     state = {k: v.detach() for k, v in model.state_dict().items()}
     if not fused:
@@ -116,12 +116,12 @@ def test_one_file_or_many_and_experts_singly_or_fused(fused, parts, tmp_path):
         save_file(
             {n: state[n].contiguous() for n in names[i::parts]}, tmp_path / f"part-{i}.safetensors"
         )
-    assert torch.equal(logits(DeepSeek.from_pretrained(str(tmp_path))), logits(model))
+    assert torch.equal(logits(formats.load_pretrained(str(tmp_path))), logits(model))
 
 
 def test_gate_stands_above_up_as_in_the_file(folder):
     stored = load_file(folder / "model.safetensors")
-    experts = DeepSeek.from_pretrained(folder).model.layers[1].mlp.experts
+    experts = formats.load_pretrained(folder).model.layers[1].mlp.experts
     name = "model.layers.1.mlp.experts.5."
     assert torch.equal(experts.gate_up_proj[5, :24], stored[name + "gate_proj.weight"])
     assert torch.equal(experts.gate_up_proj[5, 24:], stored[name + "up_proj.weight"])
@@ -130,15 +130,15 @@ def test_gate_stands_above_up_as_in_the_file(folder):
 
 
 def test_dtype_is_that_of_the_files_or_as_asked(folder, tmp_path):
-    model = DeepSeek.from_pretrained(folder, torch.bfloat16)
+    model = formats.load_pretrained(folder, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert DeepSeek.from_pretrained(folder, device="meta").lm_head.weight.is_meta
-    model.save_pretrained(tmp_path / "half")
+    assert formats.load_pretrained(folder, device="meta").lm_head.weight.is_meta
+    formats.save_pretrained(model, tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
-    again = DeepSeek.from_pretrained(tmp_path / "half")
+    again = formats.load_pretrained(tmp_path / "half")
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(again), logits(model))
-    assert DeepSeek.from_pretrained(tmp_path / "half", torch.float32).lm_head.weight.dtype == (
+    assert formats.load_pretrained(tmp_path / "half", torch.float32).lm_head.weight.dtype == (
         torch.float32
     )
 
@@ -152,7 +152,7 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
     model = DeepSeek(config)
     size = 4 * model.num_parameters()[0]
     assert size > 3e8
-    model.save_pretrained(tmp_path, shard_bytes=30_000_000)
+    formats.save_pretrained(model, tmp_path, shard_bytes=30_000_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 9
     code = (
         "import sys; import torch, safetensors.torch; from deepseek import *\n"
@@ -160,7 +160,7 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
         "    for line in open('/proc/self/status'):\n"
         "        if line.startswith('VmHWM'): return int(line.split()[1]) * 1024\n"
         "with torch.device('meta'): DeepSeek(read_config(Path(sys.argv[1])))\n"  # torch's own
-        "before = peak(); DeepSeek.from_pretrained(sys.argv[1]); print(peak() - before)"
+        "before = peak(); formats.load_pretrained(sys.argv[1]); print(peak() - before)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -193,8 +193,8 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
 )
 def test_what_is_not_this_model_is_refused_in_a_sentence(changes, message, folder):
     edit(folder, **changes)
-    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises((UsageError, ConfigError), match=message) as caught:
+        formats.load_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -217,62 +217,62 @@ def test_missing_surplus_and_misshapen_tensors_are_named(folder):
         (stored.to(torch.float8_e4m3fn), f"{name} in F8_E4M3"),
     ):
         change(folder, **{name: tensor})
-        with pytest.raises(CheckpointError, match=message):
-            DeepSeek.from_pretrained(folder)
+        with pytest.raises(UsageError, match=message):
+            formats.load_pretrained(folder)
     others = {name.replace("up_proj", kind): None for kind in ("down_proj", "gate_proj")}
     change(folder, **others, **{name: None})
-    with pytest.raises(CheckpointError, match="is missing in .*, and 2 more"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="is missing in .*, and 2 more"):
+        formats.load_pretrained(folder)
     change(folder, **{other: stored.T.contiguous() for other in others if "down" in other})
     change(folder, **{other: stored for other in others if "gate" in other})
     change(folder, **{name: stored, "model.layers.2.mlp.gate.bias": torch.zeros(8)})
-    with pytest.raises(CheckpointError, match="layers.2.mlp.gate.bias, which config.json has no"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="layers.2.mlp.gate.bias, which config.json has no"):
+        formats.load_pretrained(folder)
 
 
 def test_a_tensor_that_comes_twice_is_named(folder):
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    with pytest.raises(CheckpointError, match="which was there before"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="which was there before"):
+        formats.load_pretrained(folder)
 
 
 def test_damaged_missing_and_foreign_files_are_named(folder, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
-            DeepSeek.from_pretrained(folder)
+        with pytest.raises(UsageError, match="model.safetensors cannot be read"):
+            formats.load_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no .*safetensors: other formats"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="no .*safetensors: other formats"):
+        formats.load_pretrained(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
-    with pytest.raises(CheckpointError, match="gone.safetensors is missing"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="gone.safetensors is missing"):
+        formats.load_pretrained(folder)
     index.write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(CheckpointError, match="index.json names no file"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="index.json names no file"):
+        formats.load_pretrained(folder)
     index.write_text("[1, 2")
-    with pytest.raises(CheckpointError, match="index.json cannot be read"):
-        DeepSeek.from_pretrained(folder)
+    with pytest.raises(UsageError, match="index.json cannot be read"):
+        formats.load_pretrained(folder)
     for text, message in (("{", "damaged"), ("[]", "no object")):
         (folder / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=message):
-            DeepSeek.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="has no config.json"):
-        DeepSeek.from_pretrained(tmp_path)
+        with pytest.raises(UsageError, match=message):
+            formats.load_pretrained(folder)
+    with pytest.raises(UsageError, match="has no config.json"):
+        formats.load_pretrained(tmp_path)
 
 
 def test_a_hub_name_without_a_network_ends_in_a_sentence(tmp_path):
-    code = "from deepseek import DeepSeek; DeepSeek.from_pretrained('deepseek-ai/no-such-model')"
+    code = "from deepseek import DeepSeek; formats.load_pretrained('deepseek-ai/no-such-model')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert "CheckpointError: deepseek-ai/no-such-model does not exist here and cannot be" in last
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub name"):
-        DeepSeek.from_pretrained("no/such/model")
+    assert "UsageError: deepseek-ai/no-such-model does not exist here and cannot be" in last
+    with pytest.raises(UsageError, match="neither a folder nor a hub name"):
+        formats.load_pretrained("no/such/model")
 
 
 def test_what_is_needed_is_fetched_from_the_hub(folder, monkeypatch):
@@ -283,16 +283,16 @@ def test_what_is_needed_is_fetched_from_the_hub(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert DeepSeek.from_pretrained("somebody/a-model").config.n_group == 4
+    assert formats.load_pretrained("somebody/a-model").config.n_group == 4
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json"]
     assert asked == [("somebody/a-model", patterns)]
 
 
 def test_beside_an_index_other_files_are_left_alone(tmp_path):
     model = random_model(small())
-    model.save_pretrained(tmp_path, 50_000)
+    formats.save_pretrained(model, tmp_path, 50_000)
     save_file({"lm_head.weight": torch.zeros(96, 48)}, tmp_path / "adapter_model.safetensors")
-    assert torch.equal(logits(DeepSeek.from_pretrained(tmp_path)), logits(model))
+    assert torch.equal(logits(formats.load_pretrained(tmp_path)), logits(model))
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -301,9 +301,11 @@ def test_beside_an_index_other_files_are_left_alone(tmp_path):
 @pytest.mark.parametrize("shard_bytes", [10**9, 50_000])
 def test_written_and_read_again_nothing_has_changed(shard_bytes, tmp_path):
     model = random_model(small(**GROUPS, **YARN, device_loss_alpha=0.02, token_drop_capacity=1.5))
-    model.save_pretrained(tmp_path, 20_000)
-    model.save_pretrained(tmp_path, shard_bytes)  # over the first one: nothing of it may stay
-    again = DeepSeek.from_pretrained(tmp_path)
+    formats.save_pretrained(model, tmp_path, 20_000)
+    formats.save_pretrained(
+        model, tmp_path, shard_bytes
+    )  # over the first one: nothing of it may stay
+    again = formats.load_pretrained(tmp_path)
     assert again.config == model.config
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
@@ -323,7 +325,7 @@ def test_written_and_read_again_nothing_has_changed(shard_bytes, tmp_path):
 def test_transformers_reads_what_is_written(overrides, shard_bytes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = random_model(small(**overrides))
-    model.save_pretrained(tmp_path, shard_bytes)
+    formats.save_pretrained(model, tmp_path, shard_bytes)
     other, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True
     )
@@ -339,19 +341,19 @@ def test_greedy_routing_is_exported_with_all_groups_allowed(tmp_path):
 
 @pytest.mark.parametrize("overrides", [dict(norm_topk_prob=True), dict(moe_layer_freq=2)])
 def test_what_the_format_cannot_say_is_not_written(overrides, tmp_path):
-    with pytest.raises(CheckpointError, match=f"{next(iter(overrides))} = .* cannot be exported"):
+    with pytest.raises(UsageError, match=f"{next(iter(overrides))} = .* cannot be exported"):
         DeepSeek(small(**overrides)).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
 def test_a_folder_that_cannot_be_written_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file cannot be written: "):
+    with pytest.raises(UsageError, match="file cannot be written: "):
         DeepSeek(small()).save_pretrained(tmp_path / "file")
     with torch.device("meta"):
         model = DeepSeek(small())
-    with pytest.raises(CheckpointError, match="meta device"):
-        model.save_pretrained(tmp_path / "meta")
+    with pytest.raises(UsageError, match="meta device"):
+        formats.save_pretrained(model, tmp_path / "meta")
     DeepSeek(small()).save_pretrained(tmp_path / "model")
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1  # who may read the configuration may read the weights
@@ -403,14 +405,14 @@ def test_the_chat_template_is_the_same_for_transformers_and_for_us(exported):
         f"{data.BOS}User: Where is the cat?\n\nAssistant: On mat 3.{data.EOS}"
         "User: Is it big?\n\nAssistant:"
     )
-    ids = data.dialogue(ours, turns)
+    ids = chat.encode_chat(ours, turns)
     assert ours.decode(ids, skip_special_tokens=False) == text
     assert ids == theirs(text, add_special_tokens=False).input_ids
 
 
 def test_special_tokens_typed_by_a_user_stay_text(exported):
     tokenizer = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
-    ids = data.dialogue(tokenizer, [(f"say {data.EOS}", None)])
+    ids = chat.encode_chat(tokenizer, [(f"say {data.EOS}", None)])
     assert ids.count(tokenizer.token_to_id(data.EOS)) == 0
     assert data.EOS in tokenizer.decode(ids)
 
@@ -445,11 +447,11 @@ def test_export_and_chat_refuse_and_answer(exported, run, monkeypatch, tmp_path)
     shutil.copytree(exported / "hf", longer, ignore=shutil.ignore_patterns("SHA256SUMS"))
     edit(longer, max_position_embeddings=200)
     code, out, _ = run(f"sample --ckpt {longer} --chat --max_new_tokens 4 --temperature 0")
-    model = DeepSeek.from_pretrained(longer)
+    model = formats.load_pretrained(longer)
     tokenizer = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
     turns, prompts, expected = [], [], ""
     for question in ("The cat", "Again"):
-        prompt = data.dialogue(tokenizer, [*turns, (question, None)])
+        prompt = chat.encode_chat(tokenizer, [*turns, (question, None)])
         prompts.append(prompt)
         ids = [int(t) for t in model.generate([prompt], 4, temperature=0)]
         turns.append((question, tokenizer.decode(ids).removeprefix(" ")))

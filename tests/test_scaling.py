@@ -7,10 +7,9 @@ import torch
 from conftest import MODEL, small
 from torch import nn
 
-import bench
-import scaling
-import train
-from deepseek import Config, DeepSeek, make_span, rope_frequencies
+from benchmarks import scaling, speed
+from common import trainer
+from deepseek import Config, DeepSeek, attention_context, rope_frequencies
 
 TINY = Config.preset("tiny", vocab_size=2816)
 
@@ -26,7 +25,7 @@ def test_mha_is_softmax_attention_over_rotated_heads():
         layers = (mha.q_proj, mha.k_proj, mha.v_proj)
         theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
         theirs.out_proj.weight.copy_(mha.o_proj.weight)
-        span = make_span(config, still, None, None)
+        span = attention_context(config, still, None, None)
         mask = torch.ones(7, 7, dtype=torch.bool).triu(1)
         expected = theirs(x, x, x, attn_mask=mask)[0]
         assert torch.allclose(mha(x, span._replace(positions=still)), expected, atol=1e-6)
@@ -61,7 +60,7 @@ def test_the_models_are_equal_in_what_they_are_called_after():
     assert cached == TINY.cache_dim == 64 + 16
     heads = 2 * 20  # of MHA's keys, and of its values
     flops = 6 * active["mha-cache"] + 3 * 4 * 2 * 2 * heads * 256 / 2
-    assert bench.flops_per_token(models["mha-cache"], 256) == flops
+    assert speed.flops_per_token(models["mha-cache"], 256) == flops
     for name in ("dense-active", "dense-total"):
         assert not any(layer.is_moe for layer in models[name].model.layers)
     assert all(isinstance(la.self_attn, scaling.MHA) for la in models["mha-cache"].model.layers)
@@ -96,13 +95,13 @@ def test_the_study_runs_goes_on_and_draws(run, tmp_path, monkeypatch):
 
 def test_what_ctrl_c_cut_short_is_not_counted(run, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "EVALUATIONS", 3)
-    step = train.Trainer.train_step
+    step = trainer.Trainer.train_step
 
     def pressed(self, *batch):
         self.asked = self.step == 1
         return step(self, *batch)
 
-    monkeypatch.setattr(train.Trainer, "train_step", pressed)
+    monkeypatch.setattr(trainer.Trainer, "train_step", pressed)
     line = (
         f"scaling --only tiny/4,tiny/2 --tokens 2048 --seeds 1 --data stories:100 --out {tmp_path}"
     )

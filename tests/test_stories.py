@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stories import ParseError, Task, compile_plot, compile_template, parse, tell, walk
 
-import stories
-from stories import NotAStory, Task, compile_plot, compile_template, parse, tell, walk
+from common import grammar, stories
 
 N = 2000
 TOLD = [tell(seed) for seed in range(N)]
@@ -147,7 +147,7 @@ def test_no_fact_can_be_changed():
             word = story.text[start:end]
             others = [m for m in members[kind] if m != word and m[0].isupper() == word[0].isupper()]
             other = others[int(rng.random() * len(others))]
-            with pytest.raises(NotAStory) as error:
+            with pytest.raises(ParseError) as error:
                 parse(story.text[:start] + other + story.text[end:])
             kinds[kind] += 1
             blamed[kind] += (error.value.position, error.value.kind) == (start, kind)
@@ -162,14 +162,14 @@ def test_a_person_cannot_become_another_of_the_story():
         for start, end, kind in story.facts:
             if kind == "name":
                 other = friend if story.text[start:end] == hero else hero
-                with pytest.raises(NotAStory):
+                with pytest.raises(ParseError):
                     parse(story.text[:start] + other + story.text[end:])
 
 
 def test_an_unfinished_story_ends_too_early():
     for story in TOLD[:30]:
         for cut in range(0, len(story.text), 41):
-            with pytest.raises(NotAStory) as error:
+            with pytest.raises(ParseError) as error:
                 parse(story.text[:cut])
             assert (error.value.position, error.value.kind) == (cut, "end")
 
@@ -177,14 +177,14 @@ def test_an_unfinished_story_ends_too_early():
 def test_nothing_may_follow_a_story():
     for story in TOLD[:5]:
         for more in (" ", "\n", "a", "\ud800", " " + TOLD[0].text, "\0" * 10**6):
-            with pytest.raises(NotAStory) as error:
+            with pytest.raises(ParseError) as error:
                 parse(story.text + more)
             assert (error.value.position, error.value.kind) == (len(story.text), "wording")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a" * 10**6, "\ud800", "One" * 10**5, "\0", '"', "é"])
 def test_no_text_hurts_the_parser(text):
-    with pytest.raises(NotAStory) as error:
+    with pytest.raises(ParseError) as error:
         parse(text)
     assert 0 <= error.value.position <= len(text)
 
@@ -197,7 +197,7 @@ def test_mutated_stories_are_refused_or_are_stories(noise, seed, a, b, how):
     changed = (text[:i] + noise + text[j:], text[i:j] + noise, text[:j] + text[i:])[how]
     try:
         assert parse(changed).text == changed
-    except NotAStory as error:
+    except ParseError as error:
         assert 0 <= error.position <= len(changed)
 
 
@@ -213,20 +213,20 @@ def test_nats_is_minus_log_of_the_product_of_the_chances():
             node = todo.pop()
             if type(node) is tuple:
                 todo.extend(reversed(node))
-            elif type(node) is stories.Bind:
+            elif type(node) is grammar.Bind:
                 roles[node.role] = node.member
-            elif type(node) is stories.Pick:
+            elif type(node) is grammar.Pick:
                 i = choices.pop(0)
                 log += math.log(node.chances[i])
                 todo.append(node.options[i])
-            elif type(node) is stories.Draw:
+            elif type(node) is grammar.Draw:
                 if node.part:
                     options = node.options[2 : roles[node.part].index - 1]
                 else:
                     options = [o for o in node.options if o.member not in roles.values()]
                 log -= math.log(len(options))
                 todo.append(options[choices.pop(0)])
-            elif type(node) is stories.Scope:  # roles of its own, then the old ones again
+            elif type(node) is grammar.Scope:  # roles of its own, then the old ones again
                 todo += [roles, node.tree]
                 roles = {}
             elif type(node) is dict:
@@ -273,11 +273,11 @@ def test_number_of_stories():
     def count(node):
         if type(node) is tuple:
             return math.prod(map(count, node))
-        if type(node) is stories.Pick:
+        if type(node) is grammar.Pick:
             return sum(map(count, node.options))
-        if type(node) is stories.Draw:
+        if type(node) is grammar.Draw:
             return 1 if node.part else max(1, len(node.options) - 6)
-        return count(node.tree) if type(node) is stories.Scope else 1
+        return count(node.tree) if type(node) is grammar.Scope else 1
 
     assert count(stories.STORY) > 10**32
     assert len({story.text for story in TOLD}) == N
@@ -298,10 +298,10 @@ def test_choices_never_run_dry():
 
 
 def draws_in(node):
-    if type(node) is stories.Draw:
+    if type(node) is grammar.Draw:
         yield node
     for part in node if type(node) is tuple else getattr(node, "options", ()):
-        if type(node) is not stories.Draw:
+        if type(node) is not grammar.Draw:
             yield from draws_in(part)
 
 

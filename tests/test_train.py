@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, log_of, same
 
-import data
 import sample
-import stories
 import train
-from deepseek import CheckpointError, Config, DeepSeek, Output
+from common import checkpoint, data, runlog, runtime, stories, trainer
+from deepseek import Config, DeepSeek, Output, UsageError
 
 
 def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
@@ -50,7 +49,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
     assert run(f"sample {ckpt} --prompt The --seed 1 --num_samples 2")[1] == out
     held_out = tmp_path / "held.txt"
     ready = data.prepare(str(corpus), 320, Path(os.environ["DEEPSEEK_CACHE"]))
-    spans = zip(ready.val.starts[:-1], ready.val.starts[1:], strict=True)
+    spans = zip(ready.val.doc_offsets[:-1], ready.val.doc_offsets[1:], strict=True)
     held_out.write_text(
         data.SEPARATOR.join(ready.tokenizer.decode(ready.val.ids[a:b].tolist()) for a, b in spans)
     )
@@ -71,7 +70,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, corpus, tmp_path, extra):
         run(f"{line.replace('--steps 12', '--steps 7')} --out {tmp_path}/parts --overwrite")[0] == 0
     )
     assert run(f"train --resume --steps 12 --out {tmp_path}/parts")[0] == 0
-    a, b = (train.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
+    a, b = (checkpoint.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
     for key in ("model", "optimizer", "rng", "step", "tokens"):
         assert same(a[key], b[key]), key
     whole, parts = (
@@ -95,7 +94,7 @@ def test_ctrl_c_saves_and_resume_goes_on(corpus, tmp_path):
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0, output
     assert "--resume" in output and "Traceback" not in output
-    step = train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"]
+    step = checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"]
     assert log_of(tmp_path / "o")[-1]["step"] == step > 10
 
 
@@ -109,12 +108,12 @@ def test_resume_takes_stored_flags_and_refuses_others(run, corpus, tmp_path):
     code, _, err = run(f"train --resume --out {tmp_path}/o --steps 3")
     assert code == 2 and "--steps 3 differs" in err
     assert run(f"train --resume --out {tmp_path}/o --steps 6 --log_level quiet") == (0, "", "")
-    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] == 6
+    assert checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] == 6
 
 
 def test_minutes_fixes_the_number_of_steps(run, corpus, tmp_path):
     code, out, _ = run(f"train {MODEL} --data {corpus} --minutes 0.001 --out {tmp_path}/o")
-    state = train.load_checkpoint(tmp_path / "o" / "ckpt.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")
     assert code == 0 and state["step"] == state["args"]["steps"] == 21
 
 
@@ -199,7 +198,7 @@ def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):
     assert 0.1 < header["floor"] < records[-1]["val_loss"]
     assert 0 <= records[-1]["val_recall"] < 0.5 and "facts recalled" in out
     assert {"name", "object", "place"} < set(records[-1]["val_recall_by_kind"])
-    code, out, _ = run(f"sample --ckpt {tmp_path}/ckpt.pt --check 3 --seed 0")
+    code, out, _ = run(f"sample --ckpt {tmp_path}/ckpt.pt --judge 3 --seed 0")
     assert code == 0 and "0 of 3 stories are valid" in out and "first mistakes: wording 3" in out
 
 
@@ -221,7 +220,7 @@ def test_the_check_counts_valid_stories_and_names_mistakes(capsys):
         def generate(self, prompts, limit, **_):
             yield from rows.T
 
-    args = sample.make_parser().parse_args(["--check", "3", "--temperature", "1"])
+    args = sample.make_parser().parse_args(["--judge", "3", "--temperature", "1"])
     sample.check(Told(), tokenizer, args, [0], torch.Generator())
     out = capsys.readouterr().out
     assert "2 of 3 stories are valid (66.7%)" in out
@@ -237,17 +236,17 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained, tmp_path, monkey
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(CheckpointError, match=r"ckpt.pt cannot be written.*0.0 MB and [\d.]+ MB"):
-        train.save_checkpoint(path, {})
+    with pytest.raises(UsageError, match=r"ckpt.pt cannot be written.*0.0 MB and [\d.]+ MB"):
+        checkpoint.save_checkpoint(path, {})
     assert path.read_bytes() == trained.read_bytes() and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # which has nothing to do with the disk
-        train.save_checkpoint(path, {})
+        checkpoint.save_checkpoint(path, {})
 
 
 def test_the_schedules():
     def rates(schedule):
-        return [train.learning_rate(s, 100, 1.0, 10, schedule) for s in range(100)]
+        return [trainer.learning_rate(s, 100, 1.0, 10, schedule) for s in range(100)]
 
     step = rates("step")
     assert step[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -255,13 +254,13 @@ def test_the_schedules():
     assert step[60] == step[89] == pytest.approx(0.316)
     assert step[90] == step[99] == pytest.approx(0.316**2)
     cosine = rates("cosine")
-    assert train.learning_rate(150, 100, 1.0, 10, "cosine") == pytest.approx(0.1)
+    assert trainer.learning_rate(150, 100, 1.0, 10, "cosine") == pytest.approx(0.1)
     assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=0.01)
     assert rates("constant")[10:] == [1.0] * 90
 
 
 def test_a_linear_schedule_falls_evenly_to_nothing():
-    rates = [train.learning_rate(s, 110, 2.0, 10, "linear") for s in range(110)]
+    rates = [trainer.learning_rate(s, 110, 2.0, 10, "linear") for s in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
     assert rates[10:] == pytest.approx([2 - 0.02 * s for s in range(100)])
 
@@ -280,14 +279,14 @@ def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch, able, expec
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert train.choose_dtype("auto", torch.device("cpu")) == expected
-    assert train.choose_dtype("float32", torch.device("cpu")) == torch.float32
+    assert runtime.choose_dtype("auto", torch.device("cpu")) == expected
+    assert runtime.choose_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_the_recipe_fills_in_what_was_not_typed():
     def chosen(line):
         args = train.make_parser().parse_args(line.split())
-        train.choose_recipe(args, {})
+        train.with_recipe(args, {})
         return args.lr, args.beta2, args.schedule, args.batch_size, args.minutes, args.steps
 
     assert chosen("") == (*(train.RECIPES["tiny"][k] for k in ("lr", "beta2", "schedule",
@@ -299,8 +298,8 @@ def test_the_recipe_fills_in_what_was_not_typed():
 
 def test_recall_is_counted_by_kind(tmp_path):
     ready = data.prepare("stories:150", 1024, tmp_path)
-    held_out = data.windows(ready.val, ready.tokenizer, 256, 4, stories=True)
-    name = 1 + data.FACT_KINDS.index("name")
+    held_out = data.build_eval_set(ready.val, ready.tokenizer, 256, 4, stories=True)
+    name = 1 + stories.FACT_KINDS.index("name")
 
     class Names(torch.nn.Module):  # a model that knows names and nothing else
         rows = iter(zip(held_out.rows, held_out.facts, strict=True))
@@ -311,7 +310,7 @@ def test_recall_is_counted_by_kind(tmp_path):
             logits = torch.nn.functional.one_hot(said.clamp(min=0), 1024).float()
             return Output(logits, None, None, None)
 
-    got = train.evaluate(Names(), held_out, torch.device("cpu"), torch.float32)
+    got = trainer.evaluate(Names(), held_out, torch.device("cpu"), torch.float32)
     kinds = got["val_recall_by_kind"]
     assert kinds["name"] == 1 and len(kinds) > 8
     assert all(share == 0 for kind, share in kinds.items() if kind != "name")
@@ -322,17 +321,17 @@ def test_recall_is_counted_by_kind(tmp_path):
 
 def test_weight_decay_acts_on_matrices_only():
     model = train.DeepSeek(Config.preset("tiny"))
-    matrices, vectors = train.make_optimizer(model, 1e-3, 0.1, 0.95).param_groups
+    matrices, vectors = trainer.make_optimizer(model, 1e-3, 0.1, 0.95).param_groups
     assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
     assert vectors["weight_decay"] == 0.0 and all(p.dim() == 1 for p in vectors["params"])
     assert matrices["betas"] == (0.9, 0.95)
-    assert train.make_optimizer(model, 1e-3, 0.1, 0.9).param_groups[0]["betas"] == (0.9, 0.9)
+    assert trainer.make_optimizer(model, 1e-3, 0.1, 0.9).param_groups[0]["betas"] == (0.9, 0.9)
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
 def test_evaluation_is_the_mean_over_tokens(trained):
-    state = train.load_checkpoint(trained)
-    model, tokenizer = train.build_model(state), data.load_tokenizer(state["tokenizer"])
+    state = checkpoint.load_checkpoint(trained)
+    model, tokenizer = checkpoint.build_model(state), data.load_tokenizer(state["tokenizer"])
     texts = ["The cat sat.", "It was a big cat on a mat, and it was small.", "Mat"]
     nats = count = n_bytes = 0
     ids = []
@@ -344,15 +343,15 @@ def test_evaluation_is_the_mean_over_tokens(trained):
         count, n_bytes = count + one.shape[1] - 1, n_bytes + len(text)
     ids = data.np.array(ids)
     tokens = data.Tokens(ids, data.np.array([*data.np.flatnonzero(ids == 0), len(ids)]))
-    held_out = data.windows(tokens, tokenizer, 32, batch_size=2)
-    result = train.evaluate(model, held_out, torch.device("cpu"), torch.float32)
+    held_out = data.build_eval_set(tokens, tokenizer, 32, batch_size=2)
+    result = trainer.evaluate(model, held_out, torch.device("cpu"), torch.float32)
     assert result["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert result["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("accum", [1, 2, 4])
 def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
-    state = train.load_checkpoint(trained, mmap=False)
+    state = checkpoint.load_checkpoint(trained, mmap=False)
     config = Config(**state["config"] | {"aux_loss_alpha": 2.0})
     args = train.make_parser().parse_args(["--clip", "0.05", "--beta2", "0.95"])
     args.lr, args.warmup, args.steps, args.grad_accum = 0.01, 4, 10, accum  # in the warm-up
@@ -363,7 +362,7 @@ def test_a_step_is_the_step_written_out_by_hand(trained, tmp_path, accum):
 
     one, other = train.DeepSeek(config), train.DeepSeek(config)
     other.load_state_dict(one.state_dict())
-    trainer = train.Trainer(args, one, data.load_tokenizer(state["tokenizer"]), "", device,
+    trainer = trainer.Trainer(args, one, data.load_tokenizer(state["tokenizer"]), "", device,
                             torch.float32, None)  # fmt: skip
     record, _ = trainer.train_step(inputs, targets)
 
@@ -390,10 +389,10 @@ def small_trainer(folder, trained, state=None, **flags):
     vars(args).update(
         {"steps": 3, "lr": 0.01, "beta2": 0.95, "warmup": 2, "grad_accum": 1, **flags}
     )
-    stored = train.load_checkpoint(trained, mmap=False)
-    model = train.build_model(state or stored)
+    stored = checkpoint.load_checkpoint(trained, mmap=False)
+    model = checkpoint.build_model(state or stored)
     tokenizer = data.load_tokenizer(stored["tokenizer"])
-    return train.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32, state)
+    return trainer.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32, state)
 
 
 def test_a_best_that_could_not_be_kept_is_kept_later(trained, tmp_path, capsys):
@@ -440,14 +439,14 @@ def test_fit_takes_each_step_once_in_training_mode_and_goes_on(trained, tmp_path
         return torch.randint(0, 320, (2, 4, 12))
 
     def evaluate():
-        with train.evaluating(trainer.model):
+        with trainer.evaluating(trainer.model):
             assert not trainer.model.training and not torch.is_grad_enabled()
         return {"val_loss": next(losses)}
 
     trainer.fit(batch_at, evaluate, lambda: "")
     assert steps == [0, 1, 2] and all(modes) and trainer.best == 1.0
     trainer.lock.release()
-    state = train.load_checkpoint(tmp_path / "ckpt.pt", mmap=False)
+    state = checkpoint.load_checkpoint(tmp_path / "ckpt.pt", mmap=False)
     again = small_trainer(tmp_path, trained, state, steps=5)
     assert again.best == 1.0 and again.step == 3
     steps.clear()
@@ -457,24 +456,24 @@ def test_fit_takes_each_step_once_in_training_mode_and_goes_on(trained, tmp_path
 
 
 def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
-    log = train.Log(tmp_path, {"args": {}})
+    log = runlog.Log(tmp_path, {"args": {}})
     for step in range(1, 6):
         log.write({"step": step})
     path = tmp_path / "log.jsonl"
     path.write_bytes(path.read_bytes()[:-1])  # the last line is cut, if only by its end
-    assert [r.get("step") for r in train.read_log(path)] == [None, 1, 2, 3, 4]
-    train.Log(tmp_path, {"args": {}}, resume_at=3).write({"step": 4, "again": True})
-    assert [r.get("step") for r in train.read_log(path)] == [None, 1, 2, 3, 4]
+    assert [r.get("step") for r in runlog.read_log(path)] == [None, 1, 2, 3, 4]
+    runlog.Log(tmp_path, {"args": {}}, resume_at=3).write({"step": 4, "again": True})
+    assert [r.get("step") for r in runlog.read_log(path)] == [None, 1, 2, 3, 4]
     path.unlink()  # by somebody, while the run goes on
     log.write({"step": 6})
-    assert list(train.read_log(path)) == [{"args": {}}, {"step": 6}]
+    assert list(runlog.read_log(path)) == [{"args": {}}, {"step": 6}]
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, corpus, tmp_path):
     line = f"train {MODEL} --data {corpus} --out {tmp_path}/o --save_every 1 --clip 1e30 --warmup 0"
     code, _, err = run(f"{line} --steps 50 --lr 1e30")
     assert code == 2 and "not finite in 5 steps in a row" in err and "--lr" in err
-    assert train.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] >= 1
+    assert checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")["step"] >= 1
 
 
 def test_a_changed_text_is_not_resumed_on(run, corpus, tmp_path):
@@ -520,7 +519,7 @@ def test_low_memory_trains_in_bf16_with_8_bit_moments_and_resumes_to_the_same_bi
         code, out, _ = run(f"{line} --steps 1 --dtype {dtype} --out {tmp_path / dtype}")
         assert code == 0 and ("very slow" in out) == (dtype == "float32")
     assert run(f"train --resume --steps 6 --out {tmp_path / 'b'}")[0] == 0
-    a, b = (train.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
+    a, b = (checkpoint.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
     assert {t.dtype for t in a["model"].values()} == {torch.bfloat16}
     moments = {type(m["exp_avg"]).__name__ for m in a["optimizer"]["state"].values()}
     assert "OptimState8bit" in moments and same(a["model"], b["model"])
@@ -569,10 +568,10 @@ def test_nothing_is_saved_between_steps_left_out_and_several_in_a_row_end_the_ru
         return out._replace(loss=out.loss * (math.nan if trainer.step >= 3 else 1))
 
     trainer.forward = forward
-    with pytest.raises(train.UsageError, match="in 5 steps in a row, up to step 8"):
+    with pytest.raises(runtime.UsageError, match="in 5 steps in a row, up to step 8"):
         batch_at = lambda i: torch.randint(0, 320, (2, 4, 12))  # noqa: E731
         trainer.fit(batch_at, lambda: {"val_loss": 1.0}, lambda: "")
-    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    assert checkpoint.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
 
 def test_experts_that_starve_are_warned_of_once(trained, tmp_path, monkeypatch, capsys):
@@ -590,7 +589,7 @@ def test_experts_that_starve_are_warned_of_once(trained, tmp_path, monkeypatch, 
 
 def test_two_runs_cannot_write_to_one_folder(trained, tmp_path):
     first = small_trainer(tmp_path, trained)
-    with pytest.raises(train.UsageError, match="another run is writing to"):
+    with pytest.raises(runtime.UsageError, match="another run is writing to"):
         small_trainer(tmp_path, trained)
     first.lock.release()
     small_trainer(tmp_path, trained)
@@ -614,14 +613,14 @@ def test_a_process_that_is_not_the_first_writes_nothing_and_says_nothing(
 
 
 def test_the_bias_follows_the_load_of_the_whole_batch(trained, tmp_path):
-    state = train.load_checkpoint(trained, mmap=False)
+    state = checkpoint.load_checkpoint(trained, mmap=False)
     state["config"] |= {"bias_update_speed": 0.5}
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     state["model"][bias] = torch.zeros(4)
     args = train.make_parser().parse_args(["--out", str(tmp_path)])
     args.steps, args.lr, args.beta2, args.warmup, args.grad_accum = 3, 1e-9, 0.95, 0, 4
-    model = train.build_model(state)
-    trainer = train.Trainer(args, model, None, "", torch.device("cpu"), torch.float32)
+    model = checkpoint.build_model(state)
+    trainer = trainer.Trainer(args, model, None, "", torch.device("cpu"), torch.float32)
     inputs, targets = torch.randint(0, 320, (2, 4, 12))
     load = model(inputs).expert_load
     trainer.train_step(inputs, targets)
@@ -634,7 +633,7 @@ def test_a_step_below_the_spacing_of_bf16_is_taken_now_and_then():
     pytest.importorskip("torchao")
     layer = torch.nn.Linear(128, 128, bias=False).to(torch.bfloat16)
     torch.nn.init.ones_(layer.weight)  # spacing 1/256 below it
-    optimizer = train.make_optimizer(layer, 1e-4, 0.0, 0.95, low_memory=True)
+    optimizer = trainer.make_optimizer(layer, 1e-4, 0.0, 0.95, low_memory=True)
     torch.manual_seed(0)
     layer(torch.ones(1, 128, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
@@ -645,12 +644,12 @@ def test_a_step_below_the_spacing_of_bf16_is_taken_now_and_then():
 def test_memory_of_8_bit_moments_is_counted():
     with torch.device("meta"):
         model = DeepSeek(Config.preset("1b"))
-    plain = train.estimate_memory(model, 1, 256, True, torch.bfloat16)
-    low = train.estimate_memory(model.to(torch.bfloat16), 1, 256, True, torch.bfloat16)
+    plain = trainer.estimate_memory(model, 1, 256, True, torch.bfloat16)
+    low = trainer.estimate_memory(model.to(torch.bfloat16), 1, 256, True, torch.bfloat16)
     n = model.num_parameters()[0]
     assert plain - low == pytest.approx(n * (16 - 6), rel=1e-6)
     args = train.make_parser().parse_args(["--low_memory"])
-    train.choose_recipe(args, {})
+    train.with_recipe(args, {})
     assert args.checkpoint_activations
 
 
@@ -661,7 +660,7 @@ def test_the_estimate_of_memory_is_near_what_a_card_took(rows, checkpointing, me
     shape = dict(moe_intermediate_size=320, n_routed_experts=64, num_experts_per_tok=6)
     with torch.device("meta"):  # as it was measured on an H100, in GiB, at rows of 1,024 tokens
         model = DeepSeek(Config.preset("1b", **shape))
-    needed = train.estimate_memory(model, rows, 1024, checkpointing, torch.bfloat16)
+    needed = trainer.estimate_memory(model, rows, 1024, checkpointing, torch.bfloat16)
     assert needed / 2**30 == pytest.approx(measured, rel=0.25)
 
 
@@ -669,18 +668,18 @@ def test_pieces_of_1b_are_of_four_rows_on_any_number_of_processes(monkeypatch):
     for processes, pieces in ((1, 16), (2, 8), (8, 2), (16, 1), (64, 1)):
         monkeypatch.setattr(train, "world", lambda n=processes: n)
         args = train.make_parser().parse_args(["--size", "1b"])
-        train.choose_recipe(args, {})
+        train.with_recipe(args, {})
         assert args.grad_accum == pieces
-        train.check_pieces(args)
+        trainer.check_micro_batches(args)
 
 
 def test_1b_as_typed_fits_into_24_gb():
     args = train.make_parser().parse_args(["--size", "1b"])
-    train.choose_recipe(args, {})
+    train.with_recipe(args, {})
     with torch.device("meta"):
         model = DeepSeek(Config.preset("1b"))
     piece = args.batch_size // args.grad_accum
-    needed = train.estimate_memory(model, piece, args.seq_len, False, torch.bfloat16)
+    needed = trainer.estimate_memory(model, piece, args.seq_len, False, torch.bfloat16)
     assert (piece, args.seq_len) == (4, 1024) and needed < 22.5 * 2**30
 
 
@@ -695,7 +694,7 @@ def test_a_recipe_goes_at_most_ten_times_through_a_text():
         ("--size tiny", 10_000, None, 100),
     ):
         args = train.make_parser().parse_args(line.split())
-        train.choose_recipe(args, {})
+        train.with_recipe(args, {})
         typed = train.make_parser().explicit(line.split())
         rounds = train.limit_rounds(args, typed, tokens)
         assert (args.steps, args.warmup) == (steps, min(warmup, steps or warmup))
@@ -714,15 +713,15 @@ class Clock:
 
 
 def test_a_checkpoint_is_never_older_than_a_quarter_of_an_hour(run, corpus, tmp_path, monkeypatch):
-    clock, times, real = Clock(), [], train.Trainer.train_step
+    clock, times, real = Clock(), [], trainer.Trainer.train_step
 
     def step(self, *batch):
         clock.now += 6 * 60
         return real(self, *batch)
 
     monkeypatch.setattr(train.time, "perf_counter", clock)
-    monkeypatch.setattr(train.Trainer, "train_step", step)
-    monkeypatch.setattr(train.Trainer, "save", lambda self, name="": times.append(self.step))
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    monkeypatch.setattr(trainer.Trainer, "save", lambda self, name="": times.append(self.step))
     line = f"train {MODEL} --data {corpus} --steps 8 --eval_every 8 --save_every 8"
     assert run(f"{line} --out {tmp_path}/a")[0] == 0
     assert times == [3, 6, 8]  # the first after 18 minutes, the second 18 later
@@ -731,10 +730,10 @@ def test_a_checkpoint_is_never_older_than_a_quarter_of_an_hour(run, corpus, tmp_
 @pytest.mark.parametrize("late", [True, False])
 def test_all_processes_save_when_one_of_them_is_late(tmp_path, monkeypatch, late):
     args = train.make_parser().parse_args(["--steps", "9", "--out", str(tmp_path)])
-    train.choose_recipe(args, {})
+    train.with_recipe(args, {})
     model = DeepSeek(Config.preset("tiny", vocab_size=320, num_hidden_layers=2))
     tokenizer = data.train_tokenizer(["a b"], 258)
-    trainer = train.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32)
+    trainer = trainer.Trainer(args, model, tokenizer, "", torch.device("cpu"), torch.float32)
 
     def others(numbers):  # loss, aux_loss, asked, late, ... of this process
         numbers[3] += late
@@ -770,7 +769,7 @@ def test_how_a_script_ends(capsys, error, code, said):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        train.run_script(main)
+        runtime.run_script(main)
     assert end.value.code == code and said in capsys.readouterr().err
 
 
@@ -783,7 +782,7 @@ def test_a_card_that_is_full_when_a_run_is_taken_up_is_not_a_damaged_checkpoint(
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(train.Trainer, "take_up", full)
+    monkeypatch.setattr(trainer.Trainer, "take_up", full)
     code, _, err = run(f"train --resume --steps 4 --out {tmp_path}/o")
     assert code == 2 and "out of memory" in err and "do not fit" not in err
 
@@ -795,16 +794,16 @@ def test_a_process_of_several_leaves_at_once_having_said_all(monkeypatch, tmp_pa
     monkeypatch.setattr(train.os, "_exit", lambda code: did.append(code))
     with open(tmp_path / "out", "w") as out:  # buffered, as a pipe is
         monkeypatch.setattr(sys, "stdout", out)
-        train.run_script(lambda: print("all done"))
+        runtime.run_script(lambda: print("all done"))
         assert (tmp_path / "out").read_text() == "all done\n"
     assert did == ["destroyed", 0]
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
 
     def refuse():
-        raise train.UsageError("no")
+        raise runtime.UsageError("no")
 
     with pytest.raises(SystemExit, match="2"):
-        train.run_script(refuse)
+        runtime.run_script(refuse)
     assert did == ["destroyed", 0]
 
 
@@ -837,7 +836,7 @@ def test_sample_hands_its_flags_on(run, trained, monkeypatch):
     assert run(f"sample --ckpt {trained} {flags}")[0] == 0
     assert run(f"sample --ckpt {trained} {flags} --compile")[0] == 0
     (plain, *warm, compiled) = asked
-    assert all(options == dict(temperature=0, compile=True) for _, _, options in warm) and warm
+    assert all(options == dict(temperature=0, compiled=True) for _, _, options in warm) and warm
     for (rows, new, options), compile in ((plain, False), (compiled, True)):
         assert (rows, new, options.pop("compile")) == (1, 9, compile)
         assert options.pop("generator")
@@ -855,7 +854,7 @@ def test_compiling_is_for_sampling(run, trained, flag):
 def test_freed_memory_is_kept_for_the_next_step():
     program = """
 import resource, torch, train
-train.run_script(lambda: None)
+runtime.run_script(lambda: None)
 for step in range(12):
     if step == 2:
         began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -870,7 +869,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
 def test_every_script_keeps_its_freed_memory(monkeypatch):
     said = []
     monkeypatch.setattr(train, "keep_freed_memory", lambda: said.append("kept"))
-    train.run_script(lambda: said.append("run"))
+    runtime.run_script(lambda: said.append("run"))
     assert said == ["kept", "run"]
 
 
@@ -882,14 +881,14 @@ def test_what_glibc_is_told_and_that_others_are_left_alone(monkeypatch):
             said.append((parameter, value))
 
     monkeypatch.setattr(train.ctypes, "CDLL", lambda name: Libc())
-    train.keep_freed_memory()
+    runtime.keep_freed_memory()
     assert said == [(-1, 2**31 - 1), (-3, 2**25)]  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     monkeypatch.setattr(train.ctypes, "CDLL", lambda name: object())  # macOS, musl
-    train.keep_freed_memory()
+    runtime.keep_freed_memory()
     for error in (TypeError, OSError):  # Windows
 
         def refused(name, error=error):
             raise error
 
         monkeypatch.setattr(train.ctypes, "CDLL", refused)
-        train.keep_freed_memory()
+        runtime.keep_freed_memory()

@@ -1,9 +1,9 @@
 """
 How the loss falls with size, and what DeepSeek-V2's two ideas are worth at such sizes.
 
-    python scaling.py                              # eight models, each twice
-    python scaling.py --only tiny,mha-cache        # some of the models
-    python scaling.py --tokens 200000 --seeds 1    # a look
+    python -m benchmarks.scaling                            # eight models, each twice
+    python -m benchmarks.scaling --only tiny,mha-cache      # some of the models
+    python -m benchmarks.scaling --tokens 200000 --seeds 1  # a look
 
 Every model is trained on the built-in stories with the recipe of tiny, its learning rate falling to
 zero over the run: only ends of curves are results, and a rival might do better at another rate.
@@ -14,7 +14,6 @@ goes on where it was interrupted.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import data
-import train
-from bench import dense_twin, flops_per_token
-from deepseek import Config, DeepSeek, rope_angles, rotate
-from train import Parser, UsageError, number, rounded
+from benchmarks.speed import dense_twin, flops_per_token
+from common import data, stories
+from common.chat import TEMPLATE
+from common.induction import COPY_SCALE, LOOK_SCALE, induction_init
+from common.runlog import read_log, rounded
+from common.runtime import UsageError, choose_device, choose_dtype, flag, parse_flags, run_script
+from common.trainer import Trainer, evaluate, open_run, run_lock
+from deepseek import Config, DeepSeek, apply_rotary_emb, rope_angles
+from train import Options as TrainOptions
+from train import choose_config, with_recipe
 
 EVALUATIONS = 16  # of a model, evenly spread
 
@@ -54,29 +58,29 @@ class MHA(nn.Module):
         D, wide = config.hidden_size, config.num_attention_heads * head_dim
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, wide, bias=False) for _ in range(3))
         self.o_proj = nn.Linear(wide, D, bias=False)
-        self.start()
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """As `MLA.start_as_copy`: look for what is expected, and copy it."""
-        std, half = self.config.initializer_range, self.config.hidden_size // 2
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            layer.weight.normal_(0.0, std)
-        if self.config.copying_start:
-            for layer in (self.k_proj, self.v_proj):
-                layer.weight[:, half:] = 0
-            look = self.k_proj.weight.roll(half, 1)
-            self.q_proj.weight.copy_(look * (9 * std / look.std()))
-            read = self.v_proj.weight.roll(half, 1)
-            self.o_proj.weight.copy_(read.T * (1.5 * std / read.std()))
+            layer.weight.data.normal_(0.0, config.initializer_range)
 
-    def forward(self, x: Tensor, span, memory: Tensor | None = None) -> Tensor:
+    def start_as_copy(self) -> None:
+        """As MLA's in common/induction.py: look for what is expected, and copy it."""
+        std, half = self.config.initializer_range, self.config.hidden_size // 2
+        for layer in (self.k_proj, self.v_proj):
+            layer.weight[:, half:] = 0
+        look = self.k_proj.weight.roll(half, 1)
+        self.q_proj.weight.copy_(look * (LOOK_SCALE * std / look.std()))
+        read = self.v_proj.weight.roll(half, 1)
+        self.o_proj.weight.copy_(read.T * (COPY_SCALE * std / read.std()))
+
+    def forward(self, x: Tensor, context, layer_cache: Tensor | None = None) -> Tensor:
         heads = self.config.num_attention_heads
-        cos, sin = rope_angles(self.config, span.positions)
+        cos, sin = rope_angles(self.config, context.positions)
         q, k, v = (
             layer(x).unflatten(-1, (heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )  # 3 x B T H dh
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        q, k, v = (
+            t.transpose(1, 2)
+            for t in (apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v)
+        )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # B H T dh
         return self.o_proj(out.transpose(1, 2).flatten(2))  # B T D
 
@@ -124,34 +128,56 @@ def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
 SIZES = ("tiny/4", "tiny/2", "tiny", "tiny*1.5")
 EXPERTS = ("tiny", "dense-active", "dense-total")
 ATTENTIONS = ("tiny", "mha-parameters", "mha-cache")
+MODELS = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    only: str = flag(",".join(MODELS), "models, with commas between them")
+    tokens: int = flag(2_000_000, "of each", low=2048)
+    data: str = flag("stories", "or stories:N, N of them")
+    seeds: int = flag(2, "runs of each model", low=1)
+    out: str = flag("out/scaling", "folder of what it leaves")
+    device: str = flag("auto", "cpu, cuda, mps; auto is the best there")
+
 
 # ----------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------
 
 
-def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[str, Any]]:
     """Train a model; a record for each evaluation. The run's own log stays in folder."""
-    parser = train.make_parser()
-    run = parser.parse_args(["--data", args.data, "--device", args.device])
-    run.out, run.seed, run.overwrite, run.log_level = str(folder), seed, True, "quiet"
-    train.choose_recipe(run, {})
-    run.eval_tokens = 20_000
-    run.steps = max(EVALUATIONS, args.tokens // (run.batch_size * run.seq_len))
-    run.minutes, run.eval_every = None, run.steps // EVALUATIONS
-    run.steps = run.save_every = run.eval_every * EVALUATIONS
-    run.warmup = min(run.warmup, run.steps // 10)
-    device = train.choose_device(run.device)
-    dtype = train.choose_dtype("auto", device)
-    train.open_run(run, set(), parser)
-    corpus = data.prepare(run.data, run.vocab_size, data.cache_folder(folder))
-    held_out = data.windows(corpus.val, corpus.tokenizer, run.seq_len, 8, run.eval_tokens, True)
+    run = with_recipe(
+        TrainOptions(
+            data=options.data, device=options.device, out=str(folder), seed=seed, overwrite=True,
+            log_level="quiet", eval_tokens=20_000,
+        )
+    )  # fmt: skip
+    every = max(1, options.tokens // (run.batch_size * run.seq_len) // EVALUATIONS)
+    steps = every * EVALUATIONS
+    warmup = min(run.warmup, steps // 10)
+    run = replace(run, steps=steps, minutes=None, eval_every=every, save_every=steps, warmup=warmup)
+    device = choose_device(run.device)
+    dtype = choose_dtype("auto", device)
+    run, _ = open_run(run, {})
+    cache = data.cache_folder(folder)
+    corpus = data.prepare(run.data, run.config["vocab_size"], cache, [TEMPLATE])
+    tags = stories.tag_facts, stories.FACT_KINDS
+    held_out = data.build_eval_set(
+        corpus.val, corpus.tokenizer, run.seq_len, 8, run.eval_tokens, *tags
+    )
     batches = data.Batches(corpus.train, run.batch_size, run.seq_len, seed)
-    config = train.choose_config(run, {}, corpus.tokenizer)
+    config = choose_config(run, corpus.tokenizer)
     torch.manual_seed(seed)
     model = make_models(config)[name]()
-    trainer = train.Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
-    trainer.fit(batches.at, lambda: train.evaluate(model, held_out, device, dtype), lambda: "")
+    induction_init(model, run.induction_init)
+    with run_lock(run.out):
+        trainer = Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
+        show = lambda: evaluate(model, held_out, device, dtype)  # noqa: E731
+        trainer.fit(batches.get_batch, show, lambda: "")
     if trainer.stop:  # Ctrl-C: what is half done is not counted
         raise KeyboardInterrupt
     (folder / "ckpt.pt").unlink()  # the curve is what was wanted
@@ -162,16 +188,16 @@ def measure(name: str, seed: int, folder: Path, args: argparse.Namespace) -> lis
     )
     per_token = flops_per_token(model, run.seq_len)
     seconds, records = 0.0, []
-    for record in itertools.islice(train.read_log(folder / "log.jsonl"), 1, None):
+    for record in itertools.islice(read_log(folder / "log.jsonl"), 1, None):
         seconds += run.batch_size * run.seq_len / record.get("tok_per_s", math.inf)  # left out
         if "val_loss" in record:
             records.append(
                 {
-                    "model": name, "seed": seed, "run": [args.data, args.tokens],
+                    "model": name, "seed": seed, "run": [options.data, options.tokens],
                     "total": total, "active": active,
                     "cached": cached * config.num_hidden_layers, "tokens": record["tokens"],
                     "flops": rounded(per_token * record["tokens"]), "seconds": rounded(seconds, 4),
-                    "val_loss": record["val_loss"], "floor": rounded(held_out.floor),
+                    "val_loss": record["val_loss"], "floor": rounded(held_out.entropy_floor),
                     "val_recall": record["val_recall"],
                 }
             )  # fmt: skip
@@ -243,35 +269,26 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    names = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
-    add("--only", help=f"some of {','.join(names)} (default: all)")
-    add("--tokens", type=number(int, 2048), default=2_000_000, help="of each (default: 2000000)")
-    add("--data", default="stories", help="or stories:N, N of them (default: stories)")
-    add("--seeds", type=number(int, 1), default=2, help="runs of each model (default: 2)")
-    add("--out", default="out/scaling", help="folder of what it leaves (default: out/scaling)")
-    add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
-    args = parser.parse_args()
-    chosen = args.only.split(",") if args.only else names
+    options, _ = parse_flags(Options, __doc__)
+    chosen = options.only.split(",")
     for name in chosen:
-        if name not in names:
-            raise UsageError(f"--only {name!r} is no model: choose from {','.join(names)}")
-    if args.data.partition(":")[0] != "stories":
+        if name not in MODELS:
+            raise UsageError(f"--only {name!r} is no model: choose from {','.join(MODELS)}")
+    if options.data.partition(":")[0] != "stories":
         raise UsageError(
-            f"--data {args.data!r} must be stories or stories:N: only they have a floor"
+            f"--data {options.data!r} must be stories or stories:N: only they have a floor"
         )
-    out = Path(args.out)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "scaling.jsonl"
-    known = list(train.read_log(file))
-    others = [r for r in known if r["run"] != [args.data, args.tokens]]  # kept, but not drawn
+    known = list(read_log(file))
+    others = [r for r in known if r["run"] != [options.data, options.tokens]]  # kept, but not drawn
     records = [r for r in known if r not in others]
-    for seed, name in itertools.product(range(args.seeds), chosen):
+    for seed, name in itertools.product(range(options.seeds), chosen):
         if any(r["model"] == name and r["seed"] == seed for r in records):
             continue
         folder = out / f"{re.sub('[/*]', '-', name)}-{seed}"
-        new = measure(name, seed, folder, args)
+        new = measure(name, seed, folder, options)
         records += new
         whole = "".join(json.dumps(r) + "\n" for r in others + records)
         file.with_suffix(".tmp").write_text(whole, encoding="utf-8")
@@ -292,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

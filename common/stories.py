@@ -3,24 +3,23 @@ The built-in corpus: small stories whose entropy is known exactly, and their jud
 
     tell(7).text                 a story; the same one on every machine
     tell(7).nats                 -log of its probability: what a perfect model would pay for it
-    parse(text)                  the same Story from its text; NotAStory says where the text errs
+    parse(text)                  the same from its text; ParseError says where the text errs
 
-A story is a walk through the templates below: at every choice one option is taken, and the text
-that follows always tells which. So text and walk belong together one to one, the probability of
-the walk is the probability of the text, and its mean logarithm is the floor under the loss of
-any model of these stories. Measured over 20,000 stories: 78.6 nats and 164 words in the mean
-(105 to 198 words), 21 facts recalled; 1,261 different words; more than 10^32 stories.
+Measured over 20,000 stories: 78.6 nats and 164 words in the mean (105 to 198 words), 21 facts
+recalled; 1,261 different words; more than 10^32 stories.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common.grammar import Derivation, Grammar, ParseError, pick
 
 # ----------------------------------------------------------------------------------------------
 # The world, part 1: who and what there is. "cherry/cherries": behind the slash stands the plural,
@@ -104,18 +103,7 @@ LISTS = {  # list -> (kind, members)
 }
 
 # ----------------------------------------------------------------------------------------------
-# The world, part 2: what happens. The language of the templates:
-#
-#   {hero:people}   draw one of the list, not taken by another role, and say it: a first mention
-#   {hero}          say it again: a fact.  {hero.he} {hero.His} {food.s}: in another form
-#   {a colour:..}   with a or an before it;  {at place:..} with its preposition: "in the orchard"
-#   {k:part n}      draw a number from 2 to n - 2;  {n-k} and {n+k} say the result
-#   [this|that]     take one of these;  [3*this|that] takes the first three times out of four
-#   <joy>           one of PHRASES["joy"]
-#   <<who>>         the same of PHRASES or TASKS, told by somebody in the story: the people and
-#                   things in it are others, though they may be called the same
-#   {~hero}         say it again, where nothing before tells who will be asked for: no fact
-#   =>              in TASKS, between question and answer; within a story the next speaks there
+# The world, part 2: what happens, in the templates of common/grammar.py.
 #
 # A plot is a list of steps, a step a list of ways to tell it; "" is a new paragraph. Every plot
 # that ends with <ending> names hero, kin, home, near (in <opening>), friend, colour, thing and
@@ -781,350 +769,40 @@ TASKS = {
 
 # fmt: on
 
-# ----------------------------------------------------------------------------------------------
-# Templates are compiled once, into small trees. A tree is a string to say, a tuple of trees in a
-# row, or one of the nodes here.
-# ----------------------------------------------------------------------------------------------
+GRAMMAR = Grammar(LISTS, PHRASES | TASKS)
+STORY = pick([[GRAMMAR.plot([["<opening>"], *steps])] for steps in PLOTS.values()])
+QUESTIONS = {kind: pick([[GRAMMAR.template(t)] for t in ways]) for kind, ways in TASKS.items()}
+FACT_KINDS = tuple(GRAMMAR.patterns)  # what stories recall: name, object, place, ...
 
 
-@dataclass(frozen=True, eq=False)  # equal only to itself, whatever it is called
-class Member:
-    """Somebody or something of the world, and the forms in which it is said."""
-
-    kind: str
-    index: int  # among its kind
-    forms: dict[str, str]  # "" is the plain name; the keys are those of {role.form}
-
-
-class Say(NamedTuple):  # {hero}, {hero.his}, {n-k}
-    role: str
-    form: str
-    fact: bool
-    other: str = ""  # the second number of a sum
-    sign: int = 0
-
-
-class Bind(NamedTuple):  # a member takes a role and is mentioned first
-    role: str
-    member: Member
-    text: str
-
-
-class Draw(NamedTuple):  # {hero:people}, {a colour:colours}, {k:part n}
-    options: tuple[Bind, ...]
-    part: str = ""  # the number of which this one is to be a part
-
-
-class Scope(NamedTuple):  # <<who>>: what is told there has roles of its own
-    tree: tuple | Pick
-
-
-class Back(NamedTuple):  # put after a Scope by the walk: the roles that hold again
-    roles: dict[str, Member]
-
-
-class Pick(NamedTuple):  # [this|that]
-    options: tuple
-    chances: tuple[float, ...]
-
-
-def read_lists() -> tuple[dict[str, tuple[Member, ...]], dict[str, re.Pattern]]:
-    """LISTS as members, which lists share; and by kind a pattern of all that may be its facts."""
-    known: dict[tuple[str, str], Member] = {}
-    said: dict[str, list[str]] = {}
-    pronouns = {"girls": "girl she her her", "boys": "boy he him his"}
-    lists = {}
-    for title, (kind, names) in LISTS.items():
-        row = []
-        for entry in names.split(","):
-            name, _, extra = " ".join(entry.split()).partition("/")
-            forms = {"": name, "Cap": name[0].upper() + name[1:]}
-            forms["a"] = "an " if name[0] in "aeiou" else "a "
-            if title in pronouns:
-                forms |= zip(("girl", "he", "him", "his"), pronouns[title].split(), strict=True)
-                forms |= {form.title(): forms[form].title() for form in ("he", "his")}
-            elif kind == "place":
-                forms |= {"at": f"{extra} the ", "At": f"{extra.title()} the "}
-            elif extra:
-                forms["s"] = extra
-            index = sum(k == kind for k, _ in known)
-            m = known.setdefault((kind, name), Member(kind, index, {}))
-            m.forms.update({**forms, **m.forms})
-            said.setdefault(kind, []).extend(m.forms[f] for f in FACTS if f in m.forms)
-            row.append(m)
-        lists[title] = tuple(row)
-    longest = {kind: sorted(words, key=len, reverse=True) for kind, words in said.items()}
-    return lists, {kind: re.compile("|".join(words)) for kind, words in longest.items()}
-
-
-FACTS = ("", "s", "Cap")  # forms that say a fact; the others are grammar
-MEMBERS, SAID = read_lists()
-TOKEN = re.compile(r"([\[\]|]|\{[^}]*\}|<<?\w+>>?)")
-
-
-@functools.cache
-def compile_template(text: str):
-    """A template as a tree. Raises ValueError or KeyError where it is not well formed."""
-    tokens = [t for t in TOKEN.split(text) if t]
-
-    def alternatives(closing: str):
-        options: list[list] = [[]]
-        while (token := tokens.pop(0) if tokens else "") != closing:
-            if token == "|":
-                options.append([])
-            elif token == "[":
-                options[-1].append(alternatives("]"))
-            elif token in ("]", ""):
-                raise ValueError(f"a bracket lacks its partner in {text!r}")
-            elif token[0] == "<":
-                name = token.strip("<>")
-                ways = PHRASES.get(name) or TASKS[name]
-                # an answer is somebody else's turn to speak
-                phrase = pick([[compile_template(w.replace(" => ", '" "'))] for w in ways])
-                options[-1].append(Scope(phrase) if token[1] == "<" else phrase)
-            elif token[0] == "{":
-                options[-1].append(compile_slot(token[1:-1]))
-            else:
-                options[-1].append(token)
-        return pick(options)
-
-    return alternatives("")
-
-
-def pick(options: list[list]):
-    """A choice between rows of trees; "3*" before one of them is its weight."""
-    rows, weights = [], []
-    for row in options:
-        match = re.match(r"(\d+)\*", row[0]) if row and type(row[0]) is str else None
-        weights.append(int(match[1]) if match else 1)
-        rows.append((row[0][match.end() :], *row[1:]) if match else tuple(row))
-    if len(rows) == 1:
-        return rows[0]
-    return Pick(tuple(rows), tuple(w / sum(weights) for w in weights))
-
-
-def compile_slot(text: str):
-    """What stands between { and } as a node, or as two in a row."""
-    text, fact = text.removeprefix("~"), text[0] != "~"
-    text, _, source = text.partition(":")
-    before, _, role = text.rpartition(" ")
-    if source:
-        source, _, form = source.partition(".")
-        source, _, part = source.partition(" ")
-        members = MEMBERS["count" if part else source]
-        said = [(m.forms[before] if before else "") + m.forms[form] for m in members]
-        return Draw(tuple(map(Bind, [role] * len(said), members, said)), part)
-    role, _, form = role.partition(".")
-    if total := re.fullmatch(r"(\w+)([+-])(\w+)", role):
-        return Say(total[1], form, form in FACTS, total[3], int(total[2] + "1"))
-    said = Say(role, form, fact and form in FACTS)
-    return (Say(role, before, False), said) if before else said
-
-
-def compile_plot(steps: list[list[str]]):
-    """Steps in a row, with a space before each that says something, or an empty line."""
-    rows, space = [], ""
-    for step in steps:
-        if step == [""]:
-            space = "\n\n"
-            continue
-        options = []
-        for way in step:
-            weight, way = re.fullmatch(r"((?:\d+\*)?)(.*)", way).groups()
-            options.append([weight + space, compile_template(way)] if way else [weight])
-        rows.append(pick(options))
-        space = " "
-    return tuple(rows)
-
-
-# ----------------------------------------------------------------------------------------------
-# The walk. One walker serves all: which options it goes into, and which of the text said so far
-# it may go on with, is the chooser's affair. Telling is a walk with one option at a time, drawn;
-# parsing goes into all options and on only where the given text agrees; tests go everywhere.
-# ----------------------------------------------------------------------------------------------
-
-
-def walk(tree, chooser) -> Iterator[tuple[dict[str, Member], tuple]]:
-    """Every finished walk that the chooser lets through: (roles, path).
-
-    A path is a linked list, newest first: (before, text, kind of fact or "") for what was said,
-    (before, option, chance) for what was chosen.
-    """
-    waiting = [((tree, None), {}, 0, None)]  # (trees to come, roles, characters said, path)
-    while waiting:
-        todo, roles, at, path = waiting.pop()
-        while todo is not None:
-            tree, todo = todo
-            node = type(tree)
-            kind = ""
-            if node is str:
-                text = tree
-            elif node is tuple:
-                for part in reversed(tree):
-                    todo = (part, todo)
-                continue
-            elif node is Say:
-                member = roles[tree.role]
-                if tree.sign:
-                    other = int(tree.other) if tree.other.isdigit() else roles[tree.other].index
-                    member = MEMBERS["count"][member.index + tree.sign * other]
-                text = member.forms[tree.form]
-                if tree.fact:
-                    kind = member.kind
-            elif node is Scope:
-                todo, roles = (tree.tree, (Back(roles), todo)), {}
-                continue
-            elif node is Back:
-                roles = tree.roles
-                continue
-            elif node is Bind:
-                text = tree.text
-                roles = {**roles, tree.role: tree.member}
-            else:
-                options = draws(tree, roles) if node is Draw else tree.options
-                chances = (1 / len(options),) * len(options) if node is Draw else tree.chances
-                for i in chooser.choose(chances):
-                    waiting.append(((options[i], todo), roles, at, (path, i, chances[i])))
-                break
-            if not chooser.accept(at, text, kind):
-                break
-            at += len(text)
-            path = (path, text, kind)
-        else:
-            if chooser.accept(at, "", "end"):
-                yield roles, path
-
-
-def draws(draw: Draw, roles: dict[str, Member]) -> Sequence[Bind]:
-    """What a Draw may take: a number that leaves two of another, or what has no role yet."""
-    if draw.part:
-        return draw.options[2 : roles[draw.part].index - 1]
-    taken = set(roles.values())
-    return [bind for bind in draw.options if bind.member not in taken]
-
-
-class Teller:
-    """Draws one option at every choice."""
-
-    def __init__(self, rng: random.Random):
-        self.random = rng.random
-
-    def choose(self, chances: Sequence[float]) -> tuple[int]:
-        u, last = self.random(), len(chances) - 1
-        for i, chance in enumerate(chances):
-            u -= chance
-            if u < 0 or i == last:  # rounding may leave a little behind the last
-                return (i,)
-        raise AssertionError("a choice without options")
-
-    def accept(self, at: int, text: str, kind: str) -> bool:
-        return True
-
-
-class Follower:
-    """Goes into all options, and on where `text` agrees; remembers how far any walk came."""
-
-    def __init__(self, text: str):
-        self.text = text
-        self.reached, self.position, self.kind = (-1, 0), 0, "wording"
-
-    def choose(self, chances: Sequence[float]) -> range:
-        return range(len(chances))
-
-    def accept(self, at: int, text: str, kind: str) -> bool:
-        if kind == "end":
-            if at == len(self.text):
-                return True
-            self.failed(at, at, "wording")
-            return False
-        if self.text.startswith(text, at):
-            return True
-        wrong = SAID[kind].match(self.text, at) if kind else None
-        if text.startswith(self.text[at : at + len(text)]):
-            self.failed(len(self.text), len(self.text), "end")
-        elif wrong:  # a fact told wrongly counts as read, and the mistake stands where it begins
-            self.failed(wrong.end(), at, kind)
-        elif at + len(text) >= self.reached[0]:
-            n = at
-            while self.text[n] == text[n - at]:
-                n += 1
-            self.failed(n, n, "wording")
-        return False
-
-    def failed(self, reached: int, position: int, kind: str) -> None:
-        rank = {"wording": 0, "end": 2}.get(kind, 1)  # of those that came equally far
-        if (reached, rank) > self.reached:
-            self.reached, self.position, self.kind = (reached, rank), position, kind
-
-
-# ----------------------------------------------------------------------------------------------
-# Telling and parsing
-# ----------------------------------------------------------------------------------------------
-
-STORY = pick([[compile_plot([["<opening>"], *steps])] for steps in PLOTS.values()])
-
-
-@dataclass(frozen=True)
-class Story:
-    """A story and all that is known of it."""
-
-    text: str
-    nats: float  # -log of the text's probability
-    choices: tuple[int, ...]  # the option taken at each choice
-    facts: tuple[tuple[int, int, str], ...]  # (start, end, kind): what earlier text has fixed
-    roles: dict[str, str] = field(compare=False)  # "hero" -> "Mia", "thing" -> "kite", ...
-
-
-class NotAStory(ValueError):
-    """No walk says this text. `position`: how many characters are well; `kind`: what stands wrong
-    there, a kind of fact ("name", "object", "place", "number", ...), "wording", or "end" where the
-    text only ends too early."""
-
-    def __init__(self, position: int, kind: str):
-        super().__init__(f"not a story from character {position} on: {kind}")
-        self.position, self.kind = position, kind
-
-
-def tell(seed: int) -> Story:
+def tell(seed: int) -> Derivation:
     """The story of a seed (0 or more). Raises ValueError if the seed is negative."""
     if seed < 0:
         raise ValueError(f"seed = {seed} must not be negative")
-    return told(*next(walk(STORY, Teller(random.Random(seed)))))
+    return GRAMMAR.sample(STORY, random.Random(seed))
 
 
-def parse(text: str, tree=STORY) -> Story:
-    """The story, or what else a tree tells, that reads so. Raises NotAStory if there is none."""
-    follower = Follower(text)
-    for roles, path in walk(tree, follower):
-        return told(roles, path)
-    raise NotAStory(follower.position, follower.kind)
+def parse(text: str) -> Derivation:
+    """The story that reads so. Raises ParseError if there is none."""
+    return GRAMMAR.parse(text, STORY)
 
 
-def told(roles: dict[str, Member], path: tuple) -> Story:
-    """A finished walk as a Story."""
-    steps = []
-    while path is not None:
-        path, what, more = path
-        steps.append((what, more))
-    text, at, nats, choices, facts = [], 0, 0.0, [], []
-    for what, more in reversed(steps):
-        if type(what) is int:
-            choices.append(what)
-            nats -= math.log(more)
-        else:
-            text.append(what)
-            if more:
-                facts.append((at, at + len(what), more))
-            at += len(what)
-    names = {role: member.forms[""] for role, member in roles.items()}
-    return Story("".join(text), nats, tuple(choices), tuple(facts), names)
+def tag_facts(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[float, np.ndarray]:
+    """Of one story's tokens [n], bos and eos included: -log of its probability in nats, and for
+    each token 0, or 1 + the place in FACT_KINDS of the fact that it recalls."""
+    story = parse(tokenizer.decode(ids.tolist()))
+    tags = np.zeros(len(ids), np.int64)
+    for i, (start, end) in enumerate(tokenizer.encode(story.text).offsets, start=1):
+        for a, b, kind in story.facts:
+            if start < b and a < end:
+                tags[i] = 1 + FACT_KINDS.index(kind)
+    return story.nats, tags
 
 
 # ----------------------------------------------------------------------------------------------
 # Instructions with answers that can be checked
 # ----------------------------------------------------------------------------------------------
 
-QUESTIONS = {kind: pick([[compile_template(t)] for t in ways]) for kind, ways in TASKS.items()}
 KINDS = (*TASKS, "what_next")
 NEGATION = re.compile(r"\b(not|no|never|nobody|neither|nor)\b|n't\b")
 
@@ -1149,15 +827,16 @@ def instructions(seed: int, held_out: bool = False) -> Iterator[Task]:
     """
     if seed < 0:
         raise ValueError(f"seed = {seed} must not be negative")
-    return _instructions(Teller(random.Random(seed)), held_out)
+    return _instructions(random.Random(seed), held_out)
 
 
-def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
+def _instructions(rng: random.Random, held_out: bool) -> Iterator[Task]:
     drawn = (*KINDS, "how_many")
     while True:
-        kind = drawn[int(teller.random() * len(drawn))]
+        kind = drawn[int(rng.random() * len(drawn))]
         while True:
-            roles, path = next(walk(QUESTIONS["write" if kind == "what_next" else kind], teller))
+            whole = GRAMMAR.sample(QUESTIONS["write" if kind == "what_next" else kind], rng)
+            roles = whole.roles
             people, things = (
                 [m.index for m in roles.values() if m.kind == sort] for sort in ("name", "object")
             )
@@ -1165,12 +844,11 @@ def _instructions(teller: Teller, held_out: bool) -> Iterator[Task]:
             hero_and_thing = (roles["hero"].index + roles["thing"].index) % 10 == 0
             if (held_out and hero_and_thing) or not (held_out or any(kept_apart)):
                 break
-        whole = told(roles, path)
         instruction, answer, *_ = whole.text.split(" => ")
-        facts = {role: roles[role].forms[""] for role in ("hero", "thing")}
+        facts = {role: str(roles[role]) for role in ("hero", "thing")}
         if kind == "what_next":
             sentences = re.split(r"(?<=[.]) ", answer)
-            at = 1 + int(teller.random() * (len(sentences) - 1))
+            at = 1 + int(rng.random() * (len(sentences) - 1))
             so_far, answer = " ".join(sentences[:at]), sentences[at]
             facts["so_far"] = f"{instruction} => {so_far} "
             about = re.split(" about | with ", instruction)[1].rstrip(".")
@@ -1193,8 +871,8 @@ def is_right(task: Task, answer: str) -> bool:
         before = task.facts.get("so_far", f"{task.instruction} => ")
         answer = answer.strip()
         try:
-            parse(before + answer, QUESTIONS["write"])
-        except NotAStory as error:
+            GRAMMAR.parse(before + answer, QUESTIONS["write"])
+        except ParseError as error:
             # what happens next need not be the end
             return task.kind == "what_next" and error.kind == "end" and answer.endswith(".")
         return True
@@ -1202,8 +880,8 @@ def is_right(task: Task, answer: str) -> bool:
     if len(answer.split()) > 25 or NEGATION.search(answer):
         return False
     if task.facts["kind"] == "number":
-        counted = {str(m.index): m.forms[""] for m in MEMBERS["count"]}
+        counted = {str(m.index): str(m) for m in GRAMMAR.lists["count"]}
         answer = re.sub(r"-?\b\d+\b", lambda m: counted.get(m[0], "zero"), answer)
-    words = SAID[task.facts["kind"]].pattern.lower()
+    words = GRAMMAR.patterns[task.facts["kind"]].pattern.lower()
     named = re.findall(rf"\b(?:{words})\b(?!'s)", answer)
     return set(named) == {task.facts["right"]}

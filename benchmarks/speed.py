@@ -1,13 +1,14 @@
 """
 What deepseek.py costs in time and memory, against its peers and the machine's limits.
 
-    python bench.py                                # on this machine's device, some minutes
-    python bench.py --only decode,cache            # parts of it
-    python bench.py --device cuda --json bench.json --picture bench.png
+    python -m benchmarks.speed                        # on this machine's device, some minutes
+    python -m benchmarks.speed --only decode,context  # parts of it
+    python -m benchmarks.speed --device cuda
 
-Where two things are compared they take turns in one run; what is told is the median. "transformers"
-is the library's DeepSeek-V2 of the same shape, as it comes, and in decoding with the same weights;
-without the library those lines are left out.
+
+Where things are compared, all are timed alternately in one run; the table has the medians.
+"transformers" is the library's DeepSeek-V2 of the same shape, as it comes, and in decoding with the
+same weights; without the library those lines are left out.
 
 Where the time of a training step of tiny goes (torch.profiler, November 2026, torch 2.13): on an
 AMD EPYC without bf16, two threads, fp32: matrix products 54%, a fifth of them the experts'; element
@@ -25,7 +26,6 @@ the time.
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import statistics
 import sys
@@ -33,25 +33,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepseek import Config, DeepSeek
-from train import (
-    Parser,
+from common.formats import save_pretrained
+from common.runtime import (
     UsageError,
     autocast,
     choose_device,
     choose_dtype,
+    flag,
     keep_freed_memory,
-    make_optimizer,
-    number,
+    parse_flags,
     run_script,
 )
+from common.trainer import make_optimizer
+from deepseek import Config, DeepSeek
 
 TRAINING = dict(batch=8, length=256)  # of tiny, as train.py trains it
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -81,7 +82,7 @@ def wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def take_turns(
+def interleave(
     contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each function: all are called once unmeasured, then in turns."""
@@ -134,7 +135,7 @@ def transformers_twin(model: DeepSeek) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save_pretrained(model, folder)
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -164,7 +165,7 @@ def peak(device: torch.device, rounds: int) -> Iterator[Line]:
     n = 8192 if device.type == "cuda" else 2048
     for dtype in dtypes_of(device):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        seconds = take_turns({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]
+        seconds = interleave({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]
         yield Line("peak", name_of(dtype), 2 * n**3 / seconds / 1e12, "TFLOP/s")
 
 
@@ -216,12 +217,12 @@ def dtypes_of(device: torch.device) -> list[torch.dtype]:
     return list(dict.fromkeys([torch.float32, choose_dtype("auto", device)]))
 
 
-def random_ids(config: Config, batch: int, length: int, device: torch.device) -> Tensor:
+def random_ids(config: Config, rows: int, length: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, config.vocab_size, (batch, length), generator=generator).to(device)
+    return torch.randint(2, config.vocab_size, (rows, length), generator=generator).to(device)
 
 
-def their_steps(
+def hf_worker(
     pipe: Any, device: str, dtype: torch.dtype, keep: bool, compiled: bool = False
 ) -> None:
     """In a process of its own: a training step of transformers' tiny for each message in pipe."""
@@ -244,7 +245,7 @@ def their_steps(
             pipe.send(None)
 
 
-def apart(target: Callable[..., None], *args: Any) -> Callable[[], Any]:
+def spawn_worker(target: Callable[..., None], *args: Any) -> Callable[[], Any]:
     """target(pipe, *args) in a process of its own; what is returned asks it once, and waits."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
@@ -276,12 +277,12 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
         contenders[f"deepseek.py, {name_of(kind)}"] = our_step(config, ids, device, kind)
         if theirs:
             peers.append(f"transformers, {name_of(kind)}")
-            contenders[peers[-1]] = apart(their_steps, str(device), kind, False)
+            contenders[peers[-1]] = spawn_worker(hf_worker, str(device), kind, False)
         if theirs and device.type == "cpu":
-            kept = apart(their_steps, str(device), kind, True)
+            kept = spawn_worker(hf_worker, str(device), kind, True)
             contenders[f"{peers[-1]}, memory kept"] = kept
     contenders["dense, as many active"] = our_step(dense_twin(config), ids, device, dtype)
-    seconds = take_turns(contenders, device, rounds)
+    seconds = interleave(contenders, device, rounds)
     tokens = TRAINING["batch"] * TRAINING["length"]
     yield from compared("train", "tok/s", tokens, seconds, min(peers, key=seconds.get, default=""))
     ours = seconds[f"deepseek.py, {name_of(dtype)}"]
@@ -291,7 +292,7 @@ def train(device: torch.device, rounds: int) -> Iterator[Line]:
     yield Line("train", f"deepseek.py, {name_of(dtype)}", rate, "TFLOP/s")
 
 
-def compile(device: torch.device, rounds: int) -> Iterator[Line]:
+def compiled_steps(device: torch.device, rounds: int) -> Iterator[Line]:
     """The same step through torch.compile, against transformers' step as it comes, and compiled
     with its freed memory kept as the scripts keep theirs. Before them the time of our first step,
     which compiles, or finds that in PyTorch's cache on disk."""
@@ -305,9 +306,10 @@ def compile(device: torch.device, rounds: int) -> Iterator[Line]:
     contenders["deepseek.py, compiled"] = compiled
     if has_transformers():
         cpu = device.type == "cpu"
-        contenders["transformers"] = apart(their_steps, str(device), dtype, False)
-        contenders["transformers, compiled"] = apart(their_steps, str(device), dtype, cpu, True)
-    seconds = take_turns(contenders, device, rounds)
+        contenders["transformers"] = spawn_worker(hf_worker, str(device), dtype, False)
+        compiled_peer = spawn_worker(hf_worker, str(device), dtype, cpu, True)
+        contenders["transformers, compiled"] = compiled_peer
+    seconds = interleave(contenders, device, rounds)
     tokens = TRAINING["batch"] * TRAINING["length"]
     yield from compared("compile", "tok/s", tokens, seconds, "transformers")
     gain = seconds["deepseek.py"] / seconds["deepseek.py, compiled"]
@@ -326,8 +328,8 @@ def decode(device: torch.device, rounds: int) -> Iterator[Line]:
     model = DeepSeek(config).to(device).eval()
     prompt = random_ids(config, 1, 16, device)
 
-    def ours(compile: bool) -> list[Tensor]:
-        return list(model.generate(prompt, new, temperature=0, compile=compile))
+    def ours(compiled: bool) -> list[Tensor]:
+        return list(model.generate(prompt, new, temperature=0, compiled=compiled))
 
     contenders = {"deepseek.py": lambda: ours(False), "deepseek.py, compiled": lambda: ours(True)}
     if has_transformers():
@@ -337,7 +339,7 @@ def decode(device: torch.device, rounds: int) -> Iterator[Line]:
         text = torch.stack(ours(False), 1)
         if not torch.equal(text, contenders["transformers"]()[:, prompt.shape[1] :]):
             print("note: the two texts differ, as near ties in rounding can make them")
-    seconds = take_turns(contenders, device, rounds)
+    seconds = interleave(contenders, device, rounds)
     yield from compared("decode", "tok/s", new, seconds, "transformers")
 
 
@@ -367,7 +369,7 @@ def context(device: torch.device, rounds: int) -> Iterator[Line]:
                 f"{name} absorbed": lambda n=length: step(n, True),
                 f"{name} expanded": lambda n=length: step(n, False),
             }
-            seconds = take_turns(ways, device, rounds)
+            seconds = interleave(ways, device, rounds)
             first = first or seconds
             for way, taken in seconds.items():
                 ratio = taken / first[way]
@@ -375,7 +377,7 @@ def context(device: torch.device, rounds: int) -> Iterator[Line]:
 
 
 @torch.no_grad()
-def batch(device: torch.device, rounds: int) -> Iterator[Line]:
+def batched_prompts(device: torch.device, rounds: int) -> Iterator[Line]:
     """Sixteen prompts of different lengths at once, against one after the other."""
     config, new = Config.preset("tiny"), 50
     torch.manual_seed(0)
@@ -392,21 +394,8 @@ def batch(device: torch.device, rounds: int) -> Iterator[Line]:
 
     alike = (together() == one_by_one()).float().mean().item()
     yield Line("batch", "tokens that are the same", 100 * alike, "%")
-    seconds = take_turns({"together": together, "one by one": one_by_one}, device, rounds)
+    seconds = interleave({"together": together, "one by one": one_by_one}, device, rounds)
     yield from compared("batch", "tok/s", new * len(prompts), seconds, "one by one")
-
-
-def cache(device: torch.device, rounds: int) -> Iterator[Line]:
-    """Bytes per token that the cache takes in fp32, as the paper counts (table 1) and as measured
-    on tensors; V2 on the meta device."""
-    for size in ("tiny", "1b", "v2-lite", "v2"):
-        config = Config.preset(size)
-        with torch.device("meta"):
-            measured = DeepSeek(config).new_cache(1, 100).nbytes / 100
-        for way in ("mla", "mha"):
-            counted = 4 * config.cache_per_token(way)
-            ratio = counted / measured
-            yield Line("cache", f"{size}, {way} counted", counted, "bytes", ratio, "measured")
 
 
 def peak_memory() -> int:
@@ -432,12 +421,12 @@ def some_steps(size: str, device: str, length: int, low_memory: bool, rounds: in
     ids = random_ids(config, 1, length + 1, place)
     dtype = choose_dtype("auto", place)
     step = our_step(config, ids, place, dtype, low_memory=low_memory)
-    seconds = take_turns({"": step}, place, rounds)[""]
+    seconds = interleave({"": step}, place, rounds)[""]
     cuda = place.type == "cuda"
     queue.put((torch.cuda.max_memory_allocated(place) if cuda else peak_memory(), seconds))
 
 
-def memory(device: torch.device, rounds: int) -> Iterator[Line]:
+def peak_of_steps(device: torch.device, rounds: int) -> Iterator[Line]:
     """The peak and the speed of training steps of one row, in a process of their own."""
     peak_memory()  # where nobody tells, say so now
     length = 1024 if device.type == "cuda" else 256
@@ -465,7 +454,10 @@ def memory(device: torch.device, rounds: int) -> Iterator[Line]:
         yield Line("memory", f"{name}, speed", rate, "TFLOP/s")
 
 
-PARTS = {f.__name__: f for f in (peak, train, compile, decode, context, batch, cache, memory)}
+PARTS = {
+    "peak": peak, "train": train, "compile": compiled_steps, "decode": decode,
+    "context": context, "batch": batched_prompts, "memory": peak_of_steps,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------
@@ -477,47 +469,6 @@ def print_line(line: Line) -> None:
     ratio = f"{line.ratio:.2f} x {line.to}" if line.ratio else ""
     value = f"{line.value:,.4g} {line.unit}"
     print(f"{line.part:<8}{line.what:<37}{value:>18}   {ratio}".rstrip(), flush=True)
-
-
-def draw(lines: list[Line], machine: str, target: Path) -> None:
-    """Speeds of training and decoding as bars, time of a token over the context as curves."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    speeds = [li for li in lines if li.unit == "tok/s"]
-    compiled = [li for li in speeds if li.part == "compile" and "compiled" in li.what]
-    for axis, some, title in (
-        (axes[0], [li for li in speeds if li.part == "train"] + compiled, "training tiny"),
-        (axes[1], [li for li in speeds if li.part == "decode"], "greedy decoding of tiny"),
-    ):
-        colors = ["tab:blue" if li.what.startswith("deep") else "tab:gray" for li in some]
-        bars = axis.barh([li.what for li in some], [li.value for li in some], color=colors)
-        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.3)
-        axis.locator_params(axis="x", nbins=5)
-        axis.set_xlabel("tokens per second")
-        axis.set_title(title)
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for li in lines:
-        if li.part == "context":
-            name, _, length = li.what.partition(", ")
-            curves.setdefault(name, []).append((int(length), li.value))
-    for i, (name, points) in enumerate(curves.items()):
-        style = "-o" if "absorbed" in name else "--s"
-        axes[2].plot(*zip(*points, strict=True), style, color=f"C{i // 2}", ms=4, label=name)
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_yscale("log")
-    axes[2].set_xlabel("tokens in the cache")
-    axes[2].set_ylabel("time of the next token (ms)")
-    axes[2].set_title("absorbed and expanded")
-    axes[2].legend(frameon=False, fontsize="small")
-    fig.suptitle(machine, fontsize="small")
-    fig.savefig(target, dpi=110)
-    plt.close(fig)
 
 
 def machine_name(device: torch.device) -> str:
@@ -532,36 +483,27 @@ def machine_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+@dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    device: str = flag("auto", "cpu, cuda, mps; auto is the best there")
+    only: str = flag(",".join(PARTS), "parts, with commas between them")
+    rounds: int = flag(9, "measurements of each", low=1)
+
+
 def main() -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--device", default="auto", help="cpu, cuda, mps (default: auto, the best there)")
-    add("--only", help=f"some of {','.join(PARTS)} (default: all)")
-    add("--rounds", type=number(int, 1), default=9, help="measurements of each (default: 9)")
-    add("--json", metavar="FILE", help="write the lines there as well")
-    add("--picture", metavar="FILE", help="draw them there (.png)")
-    args = parser.parse_args()
-    chosen = args.only.split(",") if args.only else list(PARTS)
+    options, _ = parse_flags(Options, __doc__)
+    chosen = options.only.split(",")
     for name in chosen:
         if name not in PARTS:
-            parser.error(f"--only {name!r} is no part: choose from {','.join(PARTS)}")
-    for file in (args.json, args.picture):
-        if file and not Path(file).resolve().parent.is_dir():
-            parser.error(f"the folder of {file} does not exist: make it first")
-    device = choose_device(args.device)
-    machine = f"{machine_name(device)}, torch {torch.__version__}, {time.strftime('%B %Y')}"
-    print(machine)
-    lines = []
+            raise UsageError(f"--only {name!r} is no part: choose from {','.join(PARTS)}")
+    device = choose_device(options.device)
+    print(f"{machine_name(device)}, torch {torch.__version__}, {time.strftime('%B %Y')}")
     for name in chosen:
         torch.compiler.reset()  # else it would take this part's shapes for ever changing ones
-        for line in PARTS[name](device, args.rounds):
-            lines.append(line)
+        for line in PARTS[name](device, options.rounds):
             print_line(line)
-    if args.json:
-        record = {"machine": machine, "lines": [line._asdict() for line in lines]}
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if args.picture:
-        draw(lines, machine, Path(args.picture))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,646 @@
+"""
+A run of training, for pretraining and fine-tuning alike: its flags, optimizer, schedule,
+evaluation, the loop, and what it leaves in --out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+import torch
+from filelock import FileLock, Timeout  # comes with torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.data import IGNORE, EvalSet, encode_with_bos
+from common.formats import lora_state
+from common.runlog import Log, draw_curves, rounded
+from common.runtime import (
+    DTYPES,
+    FREE,
+    MORE,
+    ROUNDING,
+    UsageError,
+    all_reduce_sum,
+    autocast,
+    flag,
+    free_memory,
+    gather_full,
+    rank,
+    resume_options,
+    say,
+    shard_optimizer_state,
+    world_size,
+)
+from deepseek import DeepSeek
+
+SAVE_MINUTES = 15  # a checkpoint is never older
+DRAW_MINUTES = 1  # between two drawings of the curves
+SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
+IMBALANCED_STEPS = 200  # steps in which one expert is used by nearly all tokens, until that is said
+RUN_FILES = [  # what a run may leave in --out
+    *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
+    *("adapter_model.safetensors", "adapter_config.json"),
+]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags that train.py and finetune.py share."""
+
+    steps: int | None = flag(None, "optimizer steps (default: the recipe's)", MORE, low=1)
+    minutes: float | None = flag(
+        None, "instead of --steps: time (default: the recipe's)", low=0, above=True
+    )
+    batch_size: int | None = flag(None, "sequences per step (default: the recipe's)", low=1)
+    seq_len: int | None = flag(None, "tokens per sequence (default: the model's context)", low=2)
+    grad_accum: int | None = flag(
+        None, "pieces that a batch is cut into (default: the recipe's)", ROUNDING, low=1
+    )
+    lr: float | None = flag(None, "highest rate (default: the recipe's)", low=0, above=True)
+    warmup: int | None = flag(None, "steps of linear warm-up (default: the recipe's)", low=0)
+    schedule: str | None = flag(
+        None,
+        "step: x0.316 at 60% and 90%, as the paper; cosine: to a tenth; linear: to nothing"
+        " (default: step, or the recipe's)",
+        choices=["step", "cosine", "linear", "constant"],
+    )
+    beta2: float | None = flag(
+        None, "memory of AdamW's squares (default: 0.95, the paper's, or the recipe's)",
+        low=0, high=0.99999,
+    )  # fmt: skip
+    weight_decay: float = flag(0.1, "on matrices", low=0)
+    clip: float = flag(1.0, "gradient norm", low=0, above=True)
+    eval_every: int | None = flag(
+        None, "steps between evaluations (default: a tenth of all)", FREE, low=1
+    )
+    eval_tokens: int = flag(50_000, "held-out tokens in an evaluation", FREE, low=1)
+    save_every: int | None = flag(
+        None, f"steps between checkpoints, at most {SAVE_MINUTES} minutes (default: --eval_every)",
+        FREE, low=1,
+    )  # fmt: skip
+    seed: int = flag(0, "of weights and data", low=0, high=2**31)
+    resume: bool = flag(False, "go on with the run in --out", FREE)
+    overwrite: bool = flag(False, "replace the run in --out", FREE)
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is the best there", ROUNDING)
+    dtype: str = flag(
+        "auto", "of the matrix products; auto is bfloat16 where the machine computes it", ROUNDING,
+        choices=["auto", *DTYPES],
+    )  # fmt: skip
+    compile: bool = flag(False, "use torch.compile", ROUNDING)
+    checkpoint_activations: bool = flag(False, "less memory, slower", ROUNDING)
+    log_level: str = flag("info", "quiet: errors only", FREE, choices=["quiet", "info"])
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """Check --out; the options of the run, and the checkpoint to go on from, or None for a new run.
+
+    With --resume the stored flags hold, and what was typed anew as the flags' classes allow. Raises
+    UsageError when that cannot be done without harm.
+    """
+    if {"steps", "minutes"} <= typed.keys():
+        raise UsageError("--steps and --minutes exclude each other: give one")
+    out = Path(options.out)
+    checkpoint = out / "ckpt.pt"
+    if options.resume:
+        if not checkpoint.is_file():
+            raise UsageError(f"there is nothing to resume: {checkpoint} does not exist")
+        state = load_checkpoint(checkpoint, mmap=False)  # the file will be replaced
+        stored = state.get("args")
+        if not isinstance(stored, dict) or not isinstance(state.get("step"), int):
+            raise UsageError(f"checkpoint {checkpoint} is damaged: it has no flags, or no step")
+        if ("ckpt" in stored) != hasattr(options, "ckpt"):
+            script = "finetune.py" if "ckpt" in stored else "train.py"
+            raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
+        stored |= {"out": options.out, "resume": True, "overwrite": False}
+        return resume_options(stored, options, typed), state
+    if not options.overwrite:
+        for name in RUN_FILES:
+            if (out / name).exists():
+                raise UsageError(
+                    f"{out} holds another run: give --resume, --overwrite, or another --out"
+                )
+    return options, None
+
+
+@contextmanager
+def run_lock(out: str) -> Iterator[None]:
+    """The folder of a run, made and held for this run alone. Raises UsageError."""
+    folder = Path(out)
+    if rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"another run is writing to {out}: wait for it, or give another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory, optimizer, schedule
+# ----------------------------------------------------------------------------------------------
+
+
+def estimate_memory(
+    model: DeepSeek, micro_batch_size: int, seq_len: int, checkpointing: bool, dtype: torch.dtype
+) -> int:
+    """Bytes that training needs, roughly: the weights, gradients and two Adam moments of those that
+    are trained (the moments of bf16 weights in 8 bits, see `make_optimizer`), and what the backward
+    pass needs of each token, in dtype. Within 25% of what an H100 took for 1b."""
+    c = model.config
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = sum(p.numel() * (8 if p.dtype == torch.float32 else 2) for p in trained)
+    gradients = sum(p.nbytes for p in trained)
+    heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
+    chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
+    layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
+    layers = (
+        1 + c.num_hidden_layers * c.hidden_size / layer if checkpointing else c.num_hidden_layers
+    )
+    tokens = micro_batch_size * seq_len
+    logits = 4 * min(tokens * c.vocab_size, 2**25)
+    activations = dtype.itemsize * tokens * layer * layers + 4 * logits
+    return int(weights + gradients + moments + activations + 3e8)
+
+
+def check_memory(needed: int, device: torch.device) -> str:
+    """Say what is needed and free, in GiB. Raises UsageError where it cannot fit."""
+    free = free_memory(device)
+    if free is None:
+        return f"about {needed / 2**30:.2f} GiB"
+    if needed > free:
+        raise UsageError(
+            f"about {needed / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
+            " free: take a smaller model or --seq_len, more --grad_accum, or"
+            " --checkpoint_activations"
+        )
+    return f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
+
+
+def check_micro_batches(options: RunOptions) -> int:
+    """The rows that a process computes at a time. Raises UsageError where the batch cannot be cut
+    into equal pieces."""
+    times = f"--grad_accum {options.grad_accum}"
+    if world_size() > 1:
+        times += f" times the {world_size()} processes"
+    if options.batch_size % (options.grad_accum * world_size()):
+        raise UsageError(f"--batch_size {options.batch_size} must be a multiple of {times}")
+    return options.batch_size // (options.grad_accum * world_size())
+
+
+def make_optimizer(
+    model: torch.nn.Module, lr: float, weight_decay: float, beta2: float, low_memory: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights.
+
+    low_memory: moments in 8 bits, for weights in bf16, which are rounded up or down at random, so
+    that a step smaller than their spacing is taken now and then instead of never.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if not low_memory:
+        return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UsageError("--low_memory needs torchao: pip install torchao") from error
+    return AdamW8bit(groups, lr, (0.9, beta2), bf16_stochastic_round=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = step / steps
+    if schedule == "step":
+        return peak * (0.316 if done >= 0.6 else 1) * (0.316 if done >= 0.9 else 1)
+    if schedule == "linear":
+        return peak * (steps - step) / max(1, steps - warmup)
+    if schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return peak
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: DeepSeek) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards as before."""
+    mode = model.training
+    model.eval()
+    is_sharded = isinstance(model, FSDPModule)
+    if is_sharded:
+        model.unshard()  # generation calls the parts one by one, which does not gather them
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(mode)
+        if is_sharded:
+            model.reshard()
+
+
+def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any]:
+    """val_loss (nats per token, cross-entropy alone) and val_bpb (bits per byte); where tokens have
+    tags also val_recall, the share of them that the model gets right, and the same by tag."""
+    nats, kinds = 0.0, 1 + len(held_out.tag_names)
+    right, asked = torch.zeros(2, kinds, dtype=torch.long)
+    with evaluating(model), autocast(device, dtype):
+        for i, (inputs, targets) in enumerate(held_out.rows):
+            inputs, targets = inputs.to(device), targets.to(device)
+            if held_out.tags is None:
+                loss = model(inputs, targets).loss
+                nats += loss.item() * int((targets != IGNORE).sum())
+                continue
+            logits = model(inputs).logits.float()  # B T V
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            hit = (logits.argmax(-1) == targets).cpu()
+            right += torch.bincount(held_out.tags[i][hit], minlength=kinds)
+            asked += torch.bincount(held_out.tags[i].flatten(), minlength=kinds)
+    result = {
+        "val_loss": rounded(nats / held_out.tokens),
+        "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
+    }
+    right, asked = right.tolist()[1:], asked.tolist()[1:]  # 0: tokens without a tag
+    if any(asked):
+        shares = zip(held_out.tag_names, right, asked, strict=True)
+        result["val_recall"] = rounded(sum(right) / sum(asked), 4)
+        result["val_recall_by_kind"] = {kind: rounded(r / n, 4) for kind, r, n in shares if n}
+    return result
+
+
+def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: int = 60) -> str:
+    """A short text from the model, the same random numbers each time."""
+    ids = encode_with_bos(tokenizer, prompt)
+    generator = torch.Generator(device).manual_seed(1)
+    with evaluating(model):
+        stream = model.generate(
+            [ids],
+            length,
+            temperature=0.8,
+            stop=model.config.eos_token_id,
+            vocab_size=tokenizer.get_vocab_size(),
+            generator=generator,
+        )
+        return prompt + tokenizer.decode([int(t) for t in stream])
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The figures of an evaluation, for the screen."""
+    loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
+    bpb = f", {record['val_bpb']:.4f} bits/byte" if "val_bpb" in record else ""
+    recall = f", {record['val_recall']:.1%} of facts recalled" if "val_recall" in record else ""
+    return f"{loss}held out {record['val_loss']:.4f} nats/token{bpb}{recall}"
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One run: a model, its optimizer, where it stands, and how it goes on.
+
+    digest: of the text that it is trained on. state: the checkpoint to go on from, or None. notes:
+    what else the header of the log holds. The run leaves ckpt.pt, log.jsonl and curves.png in
+    options.out.
+    """
+
+    def __init__(
+        self, options: RunOptions, model: DeepSeek, tokenizer, digest: str, device, dtype,
+        state: dict[str, Any] | None = None, notes: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.options, self.tokenizer, self.digest = options, tokenizer, digest
+        self.device, self.dtype = device, dtype
+        self.forward = self.model = model.train()
+        self.out = Path(options.out)
+        is_sharded = getattr(options, "fsdp", False)
+        if is_sharded:  # before it moves: the whole may not fit on the device
+            mesh = init_device_mesh(device.type, (world_size(),))  # not that of a card beside
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        model.to(device)
+        if world_size() > 1 and not is_sharded:
+            self.forward = DistributedDataParallel(model)
+        low_memory = getattr(options, "low_memory", False)
+        self.optimizer = make_optimizer(
+            model, options.lr, options.weight_decay, options.beta2, low_memory
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.steps = options.steps  # None until --minutes has been measured
+        self.step, self.tokens, self.best = 0, 0, math.inf
+        self.skipped_steps, self.imbalanced_steps = 0, 0  # in a row
+        self.stop_requested, self.stop = False, False  # Ctrl-C was pressed here; all stop
+        self.saved_at, self.overdue = time.perf_counter(), False  # the last checkpoint
+        self.drawn_at = -math.inf
+        if state:
+            self.load_state_dict(state)
+        elif options.overwrite and rank() == 0:
+            for name in RUN_FILES:
+                (self.out / name).unlink(missing_ok=True)
+        if rank() > 0:  # dropping is drawn for other sequences here
+            torch.manual_seed(options.seed + 1000 * self.step + rank())
+        self.versions = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "tokenizers": tokenizers.__version__,
+        }
+        header = {
+            "args": asdict(options),
+            "config": asdict(model.config),
+            "versions": self.versions,
+            "parameters": model.num_parameters(),
+            **(notes or {}),
+        }
+        self.log = Log(self.out, header, self.step if state else None)
+        if options.compile:
+            self.forward = torch.compile(self.forward)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint was made. Raises UsageError where its parts do not fit."""
+        try:
+            self.optimizer.load_state_dict(
+                shard_optimizer_state(self.optimizer, state["optimizer"])
+            )
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.best = state["best_val_loss"]
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except torch.OutOfMemoryError:  # a RuntimeError, too, but not one of the checkpoint
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the checkpoint in {self.out} cannot be gone on with: its parts do not fit"
+            ) from error
+
+    def save(self, name: str = "ckpt.pt") -> None:
+        """All that is needed to go on exactly here, and to sample."""
+        self.saved_at = time.perf_counter()
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        adapters = lora_state(self.model)  # their base stays where it came from
+        weights = gather_full(adapters or self.model.state_dict())
+        moments = gather_full(self.optimizer.state_dict())
+        if rank() > 0:
+            return
+        state = {
+            "model": weights,
+            "adapters": bool(adapters),
+            "optimizer": moments,
+            "scaler": self.scaler.state_dict(),
+            "config": asdict(self.model.config),
+            "tokenizer": self.tokenizer.to_str(),
+            "text": self.digest,
+            "dtype": str(self.dtype).removeprefix("torch."),  # what auto meant
+            "step": self.step,  # also the position in the data: batches depend on it alone
+            "tokens": self.tokens,
+            "best_val_loss": self.best,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "args": asdict(replace(self.options, steps=self.steps)),
+            "versions": self.versions,
+        }
+        save_checkpoint(self.out / name, state)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """One optimizer step on a batch [B, T], in --grad_accum pieces of which each process takes
+        its rows: log record, expert load."""
+        options, began = self.options, time.perf_counter()
+        lr = learning_rate(
+            self.step, self.steps or 10**9, options.lr, options.warmup, options.schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.full_like(group["lr"], lr) if torch.is_tensor(group["lr"]) else lr
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        counted = (targets != IGNORE).sum()
+        shares, losses, load = options.grad_accum * world_size(), {}, 0.0
+        micro_batches = zip(
+            inputs.chunk(options.grad_accum), targets.chunk(options.grad_accum), strict=True
+        )
+        for i, piece in enumerate(micro_batches, 1):
+            x, y = (t.chunk(world_size())[rank()] for t in piece)
+            with self.maybe_no_sync(i < options.grad_accum):
+                with autocast(self.device, self.dtype):  # the backward pass follows by itself
+                    out = self.forward(x, y, checkpoint_activations=options.checkpoint_activations)
+                # All tokens of a batch count the same in the cross-entropy.
+                share = (y != IGNORE).sum() / counted
+                own = {
+                    name: loss * share if name == "cross_entropy" else loss / shares
+                    for name, loss in out.losses.items()
+                }
+                # world_size(): the engines take the mean of the processes' gradients
+                self.scaler.scale(sum(own.values()) * world_size()).backward()
+            losses = {n: losses.get(n, 0.0) + v.detach() for n, v in own.items()}
+            load = load + out.expert_load / shares
+        return self.finish_step(lr, losses, load, inputs.numel(), began)
+
+    def finish_step(
+        self, lr: float, losses: dict[str, Tensor], load: Tensor, tokens: int, began: float
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Clip, take the optimizer's step if everything is finite, and tell of it. All processes
+        come to the same numbers, waiting for the device once."""
+        loss = losses["cross_entropy"]
+        late = time.perf_counter() - self.saved_at > 60 * SAVE_MINUTES
+        flags = [torch.full_like(loss, self.stop_requested), torch.full_like(loss, late)]
+        scalars = torch.stack([*losses.values(), *flags])
+        summed = all_reduce_sum(torch.cat([scalars, load.flatten()]))
+        scalars, load = summed[: len(scalars)], summed[len(scalars) :].view_as(load)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss)
+        busiest = load.max() * load.shape[-1] if load.numel() else torch.zeros_like(norm)
+        *values, stop, late, norm, busiest = torch.cat(
+            [scalars, torch.stack([norm, busiest])]
+        ).tolist()
+        named = dict(zip(losses, values, strict=True))
+        # In fp16 a norm out of range is usual: the scaler leaves the step out and scales less.
+        loss = named.pop("cross_entropy")
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if is_finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stop, self.overdue = stop > 0, late > 0  # the same in all processes
+        self.step += 1
+        self.tokens += tokens
+        record = {"step": self.step, "tokens": self.tokens, "lr": rounded(lr)}
+        if not is_finite:
+            return record | {"skipped": True}, load
+        record |= {
+            "loss": rounded(loss),
+            "aux_loss": rounded(sum(named.values())),
+            **{name: rounded(value) for name, value in named.items()},
+            "grad_norm": rounded(norm),
+            "tok_per_s": rounded(tokens / (time.perf_counter() - began), 4),
+            "expert_load_max": rounded(busiest, 4),
+        }
+        return record, load
+
+    def check_health(self, record: dict[str, Any], bar: tqdm) -> None:
+        """Warn of a step that was left out and of experts that starve. Raises UsageError after
+        SKIPS_IN_A_ROW steps left out: the weights are as they were before them."""
+        self.skipped_steps = self.skipped_steps + 1 if "skipped" in record else 0
+        if self.skipped_steps == SKIPS_IN_A_ROW:
+            raise UsageError(
+                f"loss or gradient was not finite in {self.skipped_steps} steps in a row, up to"
+                f" step {self.step}: the last checkpoint is kept; try a lower --lr or"
+                " --dtype float32"
+            )
+        if self.skipped_steps and rank() == 0:
+            bar.write(f"step {self.step}: loss or gradient not finite, left out", file=sys.stderr)
+        c = self.model.config
+        most = c.n_routed_experts / c.num_experts_per_tok  # every token uses the expert
+        imbalanced = record.get("expert_load_max", 0) > 0.75 * most and most > 2
+        self.imbalanced_steps = self.imbalanced_steps + 1 if imbalanced else 0
+        if self.imbalanced_steps == IMBALANCED_STEPS:
+            record["warning"] = (
+                f"for {IMBALANCED_STEPS} steps, three of four tokens and more used one expert of a"
+                " layer: try a higher --aux_loss_alpha"
+            )
+            if rank() == 0:
+                bar.write(f"step {self.step}: {record['warning']}", file=sys.stderr)
+
+    def agree(self, value: float) -> float:
+        """The sum of a number that each process has."""
+        return all_reduce_sum(torch.tensor(float(value), device=self.device)).item()
+
+    def maybe_no_sync(self, skip: bool):
+        """The context of a backward pass after which the processes need not exchange gradients."""
+        able = skip and hasattr(self.forward, "no_sync")
+        return self.forward.no_sync() if able else nullcontext()
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Ctrl-C ends the run after the step; a second one does not wait for that."""
+
+        def ask_to_stop(*_: Any) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            if self.options.log_level != "quiet":  # os.write: print may have been interrupted
+                os.write(2, b"\nfinishing the step and saving; Ctrl-C again leaves without\n")
+
+        handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+
+    def fit(
+        self,
+        get_batch: Callable[[int], tuple[Tensor, Tensor]],
+        evaluate: Callable[[], dict[str, Any]],
+        show: Callable[[], str],
+        save_best: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Train until --steps are done or Ctrl-C; return the last log record.
+
+        get_batch(step) gives inputs and targets; evaluate() val_loss and what to log beside it;
+        show() a line for the screen; save_best() is called whenever val_loss is lower than ever.
+        With --minutes the first 20 steps tell how many there will be.
+        """
+        options, began, first = self.options, time.perf_counter(), self.step
+        quiet = True if options.log_level == "quiet" or rank() > 0 else None  # None: no terminal
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
+        seconds: list[float] = []
+        record: dict[str, Any] = {}
+        with bar, self.catching_signals():
+            if self.step == 0:  # where it starts from; it also shows how long an evaluation takes
+                say(options, f"before the first step: {describe(evaluate())}")
+            pause = time.perf_counter() - began
+            self.stop = self.agree(self.stop_requested) > 0
+            while not self.stop and self.step < (self.steps or math.inf):
+                tick = time.perf_counter()
+                record, load = self.train_step(*get_batch(self.step))
+                self.check_health(record, bar)
+                seconds.append(time.perf_counter() - tick)
+                if self.steps is None and self.step == first + 20:
+                    left = 60 * options.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
+                    # Machines slow down once they are warm, by a tenth where this was measured.
+                    more = max(1, int(0.9 * left / statistics.median(seconds)))
+                    self.steps = self.step + int(self.agree(more if rank() == 0 else 0))
+                    bar.total = self.steps
+                last = self.step == self.steps
+                every = options.eval_every or max(1, (self.steps or 10**9) // 10)
+                if last or self.step % every == 0:
+                    record |= evaluate()
+                    record["expert_load"] = [[rounded(v, 3) for v in row] for row in load.tolist()]
+                    if record["val_loss"] < self.best:
+                        save_best()
+                        self.best = record["val_loss"]
+                self.log.write(record)
+                bar.update()
+                if "loss" in record:
+                    speed = f"{record['tok_per_s']:,.0f} tok/s"
+                    bar.set_postfix_str(f"loss {record['loss']:.3f}, {speed}")
+                if "val_loss" in record:
+                    said = "" if options.log_level == "quiet" else show()  # by all, for --fsdp
+                    self.draw(last)
+                    if not quiet:
+                        left = ""
+                        if self.steps:
+                            pace = (time.perf_counter() - began) / (self.step - first)
+                            left = tqdm.format_interval(pace * (self.steps - self.step))
+                            left = f", {left} left"
+                        bar.write(f"step {self.step}: {describe(record)}{left} | {said}")
+                due = last or self.stop or self.overdue
+                due = due or self.step % (options.save_every or every) == 0
+                if due and not self.skipped_steps:
+                    self.save()
+        if self.stop and self.step == 0:  # before the first step there was nothing to save yet
+            self.save()
+        self.draw(always=True)
+        return record
+
+    def draw(self, always: bool) -> None:
+        """curves.png, not more often than every DRAW_MINUTES unless always."""
+        if rank() == 0 and (always or time.perf_counter() - self.drawn_at > 60 * DRAW_MINUTES):
+            draw_curves(self.log.path, self.out / "curves.png")
+            self.drawn_at = time.perf_counter()
