@@ -77,7 +77,9 @@ class Options(RunOptions):
 
     out: str = flag("out", "folder for what the run leaves", FREE)
     size: str = flag("tiny", "of the model", choices=list(PRESETS))
-    data: str = flag("stories", ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories")
+    data: str = flag(
+        "stories", ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories", FREE
+    )
     fsdp: bool = flag(False, "under torchrun, shard weights and optimizer over processes", FREE)
     low_memory: bool = flag(
         False, "bf16 weights, 8-bit AdamW (needs torchao), --checkpoint_activations"
