@@ -14,10 +14,7 @@ from torch.nn import functional as F
 import deepseek
 from common import formats
 from common.runtime import UsageError
-from deepseek import (
-    LOCAL, MLA, TRAINING, YARN_V2, Config, ConfigError, DeepSeek, Experts, Gate, Routing,
-    balance_losses, drop_tokens,
-)  # fmt: skip
+from deepseek import MLA, YARN_V2, Config, ConfigError, DeepSeek, Experts, Gate, Routing
 
 GRID = [
     pytest.param(q | g | y, id="-".join(names))
@@ -25,6 +22,17 @@ GRID = [
     for g, n2 in (({}, "greedy"), (GROUPS, "grouped"))
     for y, n3 in (({}, "rope"), (YARN, "yarn"))
     for names in [(n1, n2, n3)]
+]
+STRETCH = YARN["rope_scaling"]
+MORE = [
+    dict(first_k_dense_replace=0, n_group=4),
+    dict(v_head_dim=24),  # wider than query and key
+    dict(qk_rope_head_dim=2, **YARN),
+    dict(rope_scaling=YARN_V2),  # dr = 8: the ramp's end is clamped
+    dict(rope_scaling=STRETCH | dict(beta_fast=1, beta_slow=1)),  # no ramp at all
+    dict(rope_scaling=STRETCH | dict(beta_fast=4, beta_slow=0.5)),
+    dict(rope_scaling=STRETCH | dict(mscale=0.5, mscale_all_dim=1.5)),
+    dict(rope_scaling=dict(type="yarn", factor=8, original_max_position_embeddings=16)),
 ]
 CHUNKS = ((0, 7), (7, 12), (12, 13), (13, 14), (14, 40))
 
@@ -39,8 +47,8 @@ def in_chunks(model, ids, absorb):
     return torch.cat([model(ids[:, a:b], cache=cache, absorb=absorb).logits for a, b in CHUNKS], 1)
 
 
-def twins(**overrides):
-    """Our model and transformers' with the same weights; the names are the official ones."""
+def with_twin(**overrides):
+    """A model, and transformers' with the same weights: their names are the official ones."""
     model = random_model(small(**overrides))
     other = oracle(model.config)
     other.load_state_dict(model.state_dict())
@@ -51,40 +59,19 @@ def twins(**overrides):
 
 
 @pytest.mark.parametrize("absorb", [None, True, False])
-@pytest.mark.parametrize("overrides", GRID)
+@pytest.mark.parametrize("overrides", GRID + MORE)
 @torch.no_grad()
 def test_logits_equal_those_of_transformers(overrides, absorb):
-    model, other = twins(**overrides)
+    model, other = with_twin(**overrides)
     ids = torch.randint(0, 96, (2, 40))
     expected = other(ids).logits
     close(model(ids, absorb=absorb).logits, expected)
     close(in_chunks(model, ids, absorb), expected)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        dict(first_k_dense_replace=2),
-        dict(first_k_dense_replace=0, n_group=4),
-        dict(v_head_dim=24),  # wider than query and key
-        dict(qk_rope_head_dim=2, **YARN),
-        dict(rope_scaling=YARN_V2),  # dr = 8: the ramp's end is clamped
-        dict(rope_scaling=YARN["rope_scaling"] | dict(beta_fast=1, beta_slow=1)),  # no ramp at all
-        dict(rope_scaling=YARN["rope_scaling"] | dict(beta_fast=4, beta_slow=0.5)),
-        dict(rope_scaling=YARN["rope_scaling"] | dict(mscale=0.5, mscale_all_dim=1.5)),
-        dict(rope_scaling=dict(type="yarn", factor=8, original_max_position_embeddings=16)),
-    ],
-)
-@torch.no_grad()
-def test_further_shapes_equal_transformers(overrides):
-    model, other = twins(**overrides)
-    ids = torch.randint(0, 96, (2, 30))
-    close(model(ids).logits, other(ids).logits)
-
-
 @pytest.mark.parametrize("overrides", [{}, GROUPS | YARN | dict(q_lora_rank=28)])
 def test_gradients_equal_those_of_transformers(overrides):
-    model, other = twins(**overrides)
+    model, other = with_twin(**overrides)
     ids, targets = torch.randint(0, 96, (2, 2, 24))
     model.train()(ids, targets).loss.backward()
     F.cross_entropy(other(ids).logits.flatten(0, 1), targets.flatten()).backward()
@@ -187,11 +174,11 @@ def test_the_table_of_symbols_tells_the_presets():
             assert getattr(Config.preset(size), name) == value, (name, size)
 
 
-@pytest.mark.parametrize("name, size", [("tiny", 3e6), ("small", 30e6), ("1b", 1e9)])
+@pytest.mark.parametrize("name, size", [("tiny", 3.3e6), ("small", 29e6), ("1b", 1e9)])
 def test_the_small_sizes_keep_every_idea(name, size):
     c = Config.preset(name)
     with torch.device("meta"):
-        assert DeepSeek(c).num_parameters()[0] == pytest.approx(size, rel=0.1)
+        assert DeepSeek(c).num_parameters()[0] == pytest.approx(size, rel=0.03)
     assert c.first_k_dense_replace == 1 and c.n_shared_experts >= 1
     assert c.moe_intermediate_size * 5 < c.intermediate_size  # fine-grained
     assert 6 * c.num_experts_per_tok < c.n_routed_experts * 2
@@ -247,9 +234,6 @@ def test_compiled_without_a_graph_break_with_the_gradients_of_eager():
         close(compiled, eager, 1e-2)
 
 
-# --- the loss ----------------------------------------------------------------------------------
-
-
 def test_the_loss_in_chunks_is_that_of_all_logits_and_keeps_none_of_them():
     model = random_model(small())
     x, targets = torch.randn(4, 30, 48, requires_grad=True), torch.randint(0, 96, (4, 30))
@@ -288,11 +272,10 @@ def test_balance_losses_of_all_layers_are_added_by_name_in_training_alone():
     assert out.losses.keys() == {"cross_entropy"} and out.aux_loss == 0
     out = model.train()(ids, targets)
     close(out.loss, expected)
-    losses = {name: pytest.approx(loss.item(), rel=1e-6) for name, loss in out.losses.items()}
-    cross_entropy = losses.pop("cross_entropy")
-    assert cross_entropy == expected.item()
-    assert losses == {"expert_balance": 5.0, "device_balance": 1.0}
-    assert out.aux_loss.item() == pytest.approx(6.0, rel=1e-6)
+    assert out.losses.keys() == {"cross_entropy", "expert_balance", "device_balance"}
+    assert out.losses["expert_balance"].item() == pytest.approx(5.0)
+    assert out.losses["device_balance"].item() == pytest.approx(1.0)
+    assert out.aux_loss.item() == pytest.approx(6.0)
 
 
 @torch.no_grad()
@@ -352,15 +335,11 @@ def test_decoding_is_absorbed_and_a_prompt_expanded_whichever_is_cheaper():
     assert deepseek.absorbing_is_cheaper(config, 170, many)
     assert not deepseek.absorbing_is_cheaper(config, 171, many)
     config = small(max_position_embeddings=1000, kv_lora_rank=200)
-    cache = DeepSeek(config).new_cache(1, 900)
-
-    def absorbs(tokens, cached, cache=cache):
-        cache and setattr(cache, "lengths", [cached])
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        return deepseek.attention_context(config, ids, cache, None).absorb
-
-    assert absorbs(1, 500) and absorbs(1, 1) and not absorbs(500, 0) and not absorbs(300, 300)
-    assert not absorbs(5, 0, cache=None)
+    for new, cached, absorbs in ((1, 500, True), (1, 1, True), (500, 0, False), (300, 300, False)):
+        cache = deepseek.LatentCache(torch.zeros(3, 1, 900, 0), [cached])
+        ids = torch.zeros(1, new)
+        assert deepseek.attention_context(config, ids, cache, None).absorb == absorbs
+        assert not deepseek.attention_context(config, ids, None, None).absorb
 
 
 def test_a_cache_has_the_size_and_dtype_asked_for_and_is_not_trained_through():
@@ -397,41 +376,32 @@ def test_outgrowing_the_cache_or_the_context_is_refused(T, places, end):
 # --- router, losses, experts -------------------------------------------------------------------
 
 
-def gate_with(config, logits):
-    """A gate that gives these logits [T, E] for the rows of an identity matrix."""
-    gate = Gate(config)
-    gate.weight = torch.nn.Parameter(logits.T.contiguous())
-    return gate(torch.eye(len(logits))[None])
-
-
 def test_norm_topk_prob_normalises_instead_of_scaling():
-    config = small(hidden_size=9, norm_topk_prob=True, routed_scaling_factor=16.0)
-    assert torch.allclose(gate_with(config, torch.randn(9, 8)).weights.sum(-1), torch.ones(1, 9))
-    one = small(hidden_size=9, norm_topk_prob=True, num_experts_per_tok=1)
-    assert (gate_with(one, torch.randn(9, 8)).weights < 1).all()
+    for K, norm in ((3, True), (1, False)):
+        config = small(norm_topk_prob=True, num_experts_per_tok=K, routed_scaling_factor=16.0)
+        gate = random_model(config).model.layers[1].mlp.gate
+        sums = gate(torch.randn(2, 9, 48)).weights.sum(-1)
+        assert torch.allclose(sums, torch.ones(2, 9)) == norm
 
 
 def test_a_group_is_judged_by_its_best_expert():
     # one strong expert (group 0) against two medium ones (group 1), whose sum is larger
-    logits = torch.tensor([[3.0, -9.0, 2.8, 2.8, 0.0, 0.0, 0.0, 0.0]])
-    config = small(hidden_size=3, **GROUPS | dict(topk_group=1), num_experts_per_tok=2)
-    routing = gate_with(config, logits)
-    assert routing.index[0, 0].tolist() == [0, 1]
-    assert routing.allowed_groups[0, 0].tolist() == [True, False, False, False]
-    free = gate_with(small(hidden_size=3, n_group=4, num_experts_per_tok=2), logits)
-    assert free.allowed_groups.all() and 1 not in free.index
+    scores = torch.tensor([[[0.31, 0.0, 0.26, 0.25, 0.09, 0.03, 0.03, 0.03]]])
+    for method, chosen, allowed in (
+        ("group_limited_greedy", [0, 1], [True, False, False, False]),
+        ("greedy", [0, 2], [True] * 4),
+    ):
+        config = small(n_group=4, topk_group=1, topk_method=method, num_experts_per_tok=2)
+        index, groups = Gate(config).choose(scores)
+        assert index[0, 0].tolist() == chosen and groups[0, 0].tolist() == allowed
 
 
-def test_the_gate_computes_in_float32_under_autocast():
-    gate, x = Gate(small()), torch.randn(1, 50, 48)
-    nn.init.normal_(gate.weight)
-    exact = gate(x)
+def test_the_gate_computes_in_float32_under_autocast_and_of_bfloat16():
+    gate, x = random_model(small()).model.layers[1].mlp.gate, torch.randn(1, 50, 48)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = gate(x)
-    assert torch.equal(exact.index, mixed.index) and torch.equal(exact.scores, mixed.scores)
+        close(gate(x).scores, F.linear(x.double(), gate.weight.double()).softmax(-1).float())
     gate, x = gate.bfloat16(), x.bfloat16()
-    expected = (x.float() @ gate.weight.float().T).softmax(-1)
-    assert torch.allclose(gate(x).scores, expected, atol=1e-6)
+    close(gate(x).scores, F.linear(x.float(), gate.weight.float()).softmax(-1))
 
 
 def test_balance_losses_equal_a_computation_by_hand():
@@ -448,7 +418,7 @@ def test_balance_losses_equal_a_computation_by_hand():
     communication = 4 / (2 * 2) * (2 * 0.35 + 1 * 0.25 + 1 * 0.3)
     alphas = dict(aux_loss_alpha=1.0, device_loss_alpha=10.0, comm_loss_alpha=100.0)
     routing = Routing(None, scores, None, index, allowed)
-    losses = balance_losses(small(**GROUPS | alphas), routing)
+    losses = deepseek.balance_losses(small(**GROUPS | alphas), routing)
     assert {name: loss.item() for name, loss in losses.items()} == {
         "expert_balance": pytest.approx(expert, rel=1e-5),
         "device_balance": pytest.approx(10 * device, rel=1e-5),
@@ -463,7 +433,7 @@ def test_balance_gradient_is_per_sequence_and_flows_through_probabilities_only()
     allowed = torch.zeros(2, 10, 4, dtype=torch.bool)
     allowed.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
     routing = Routing(None, scores, None, index, allowed)
-    losses = balance_losses(small(**GROUPS | alphas), routing)
+    losses = deepseek.balance_losses(small(**GROUPS | alphas), routing)
     grad = torch.autograd.grad(sum(losses.values()), scores)[0]
     f = F.one_hot(index, 8).sum((1, 2)) * 8 / (3 * 10)  # B E
     of_device = f.view(2, 4, 2).mean(-1).repeat_interleave(2, -1)
@@ -510,7 +480,6 @@ def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
 def test_experts_run_in_the_way_that_fits_traced_where_that_works(
     dtype, overrides, tokens, way, traced, monkeypatch
 ):
-    torch._dynamo.reset()
     taken = []
     for name in ("looped", "grouped", "gathered"):
         real = getattr(Experts, name)
@@ -537,10 +506,10 @@ def test_dropping_keeps_what_each_device_wants_most():
     index = torch.tensor([0, 1, 2, 3, 0, 1, 4, 5]).view(1, 8, 1)
     weights = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4, 0.05, 0.06]).view(1, 8, 1)
     routing = Routing(None, None, weights, index, None)
-    dropped = drop_tokens(config, routing, torch.tensor([False])).flatten()
+    dropped = deepseek.drop_tokens(config, routing, torch.tensor([False])).flatten()
     kept = [0, 0.9, 0, 0.8, 0, 0, 0.05, 0.06]
     assert torch.allclose(dropped, torch.tensor(kept))
-    assert torch.equal(drop_tokens(config, routing, torch.tensor([True])), weights)
+    assert torch.equal(deepseek.drop_tokens(config, routing, torch.tensor([True])), weights)
 
 
 def test_capacity_is_shared_by_the_batch_and_taken_first_by_those_that_drop_nothing():
@@ -548,24 +517,19 @@ def test_capacity_is_shared_by_the_batch_and_taken_first_by_those_that_drop_noth
     index = torch.tensor([0, 1]).expand(4, 3, 2)  # all 24 assignments to device 0, which takes 12
     weights = torch.rand(4, 3, 2, requires_grad=True)
     routing = Routing(None, None, weights, index, None)
-    dropped = drop_tokens(config, routing, torch.zeros(4, dtype=torch.bool))
+    dropped = deepseek.drop_tokens(config, routing, torch.zeros(4, dtype=torch.bool))
     assert (dropped > 0).sum() == 12
     assert dropped[dropped > 0].min() > weights[dropped == 0].max()
     assert torch.autograd.grad(dropped.sum(), weights)[0].sum() == 12
     two = torch.tensor([True, False, True, False])
-    dropped = drop_tokens(config, routing, two)  # the two that drop nothing fill it alone
+    dropped = deepseek.drop_tokens(config, routing, two)  # the two that drop nothing fill it alone
     assert (dropped[two] > 0).all() and (dropped[~two] == 0).all()
 
 
 @torch.no_grad()
 def test_a_tenth_of_the_sequences_is_spared_by_all_layers(monkeypatch):
-    seen = []
-
-    def spy(config, routing, no_drop):
-        seen.append(no_drop)
-        return routing.weights
-
-    monkeypatch.setattr(deepseek, "drop_tokens", spy)
+    seen, real = [], deepseek.drop_tokens
+    monkeypatch.setattr(deepseek, "drop_tokens", lambda *a: seen.append(a[2]) or real(*a))
     model = random_model(small(token_drop_capacity=1.0, **GROUPS)).train()
     model(torch.zeros(1000, 2, dtype=torch.long))
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
@@ -634,16 +598,6 @@ def test_stop_repeats_itself_and_ends_the_stream():
     assert alone.shape[1] == free[0].tolist().index(stop) + 1
 
 
-def test_the_padding_of_the_vocabulary_never_comes_out():
-    model = random_model(small())
-    with torch.no_grad():
-        model.lm_head.weight[70:] *= 100  # what lies behind the vocabulary is loud
-    for temperature in (0, 1):
-        rows = generated(model, torch.zeros(8, 1, dtype=torch.long), 10, vocab_size=70,
-                         temperature=temperature)  # fmt: skip
-        assert rows.max() < 70
-
-
 def test_sampling_follows_the_distribution_and_its_cuts():
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = probs.log().expand(20_000, 4)
@@ -667,11 +621,18 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     assert torch.equal(share(temperature=1e-30), torch.tensor([1.0, 0, 0, 0]))
 
 
-def test_generation_is_repeated_by_its_generator_and_leaves_the_global_one_alone():
+def test_a_generator_repeats_its_text_without_the_padding_of_the_vocabulary():
     model = random_model(small())
     before = torch.get_rng_state()
-    a, b = (generated(model, [[1]], generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(a, b)
+    with torch.no_grad():
+        model.lm_head.weight[70:] *= 100  # what lies behind the vocabulary is loud
+    prompts = torch.zeros(8, 1, dtype=torch.long)
+    for temperature in (0, 1):
+        a, b = (
+            generated(model, prompts, temperature=temperature, vocab_size=70, generator=g)
+            for g in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5))
+        )
+        assert torch.equal(a, b) and a.max() < 70
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -713,7 +674,7 @@ OTHER = dict(
     n_group=2, topk_group=4, topk_method="greedy", norm_topk_prob=True, routed_scaling_factor=2.5,
     first_k_dense_replace=2, moe_layer_freq=2, aux_loss_alpha=0.5, device_loss_alpha=0.5,
     comm_loss_alpha=0.5, token_drop_capacity=0.7, max_position_embeddings=64, rms_norm_eps=1e-2,
-    rope_theta=500.0, rope_scaling=YARN["rope_scaling"], initializer_range=0.5, bos_token_id=3,
+    rope_theta=500.0, rope_scaling=STRETCH, initializer_range=0.5, bos_token_id=3,
     eos_token_id=4,
 )  # fmt: skip
 
@@ -731,9 +692,9 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (base, model)]
     if shapes[0] == shapes[1]:
         model.load_state_dict(base.state_dict())
-        acts = role != TRAINING and not re.search("max_position|token_id", name)
+        acts = role != deepseek.TRAINING and not re.search("max_position|token_id", name)
         assert torch.equal(model(ids).logits, base(ids).logits) != acts
-    if role == LOCAL:
+    if role == deepseek.LOCAL:
         with pytest.raises(UsageError, match=f"{name} = {value!r} cannot be exported"):
             formats.save_pretrained(model, tmp_path)
         assert not list(tmp_path.iterdir())
