@@ -16,13 +16,8 @@ from common import formats
 from common.runtime import UsageError
 from deepseek import MLA, YARN_V2, Config, ConfigError, DeepSeek, Experts, Gate, Routing
 
-GRID = [
-    pytest.param(q | g | y, id="-".join(names))
-    for q, n1 in (({}, "direct"), (dict(q_lora_rank=28), "compressed"))
-    for g, n2 in (({}, "greedy"), (GROUPS, "grouped"))
-    for y, n3 in (({}, "rope"), (YARN, "yarn"))
-    for names in [(n1, n2, n3)]
-]
+QUERIES, ROUTERS, ROTATIONS = ({}, dict(q_lora_rank=28)), ({}, GROUPS), ({}, YARN)
+GRID = [q | g | y for q in QUERIES for g in ROUTERS for y in ROTATIONS]
 STRETCH = YARN["rope_scaling"]
 MORE = [
     dict(first_k_dense_replace=0, n_group=4),
@@ -404,42 +399,25 @@ def test_the_gate_computes_in_float32_under_autocast_and_of_bfloat16():
     close(gate(x).scores, F.linear(x.float(), gate.weight.float()).softmax(-1))
 
 
-def test_balance_losses_equal_a_computation_by_hand():
-    # T = 2 tokens, E = 8, K = 3, groups {0,1} {2,3} {4,5} {6,7}, M = 2
-    scores = torch.tensor(
-        [[[0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0, 0], [0.1] * 4 + [0.3, 0.1, 0.1, 0.1]]]
-    )
-    index = torch.tensor([[[0, 1, 2], [4, 0, 1]]])
-    allowed = torch.tensor([[[True, True, False, False], [True, False, True, False]]])
-    f = [8 / 6 * n for n in (2, 2, 1, 0, 1, 0, 0, 0)]
-    P = [0.2, 0.15, 0.15, 0.1, 0.2, 0.1, 0.05, 0.05]
-    expert = sum(a * b for a, b in zip(f, P, strict=True))
-    device = sum((f[i] + f[i + 1]) / 2 * (P[i] + P[i + 1]) for i in (0, 2, 4, 6))
-    communication = 4 / (2 * 2) * (2 * 0.35 + 1 * 0.25 + 1 * 0.3)
-    alphas = dict(aux_loss_alpha=1.0, device_loss_alpha=10.0, comm_loss_alpha=100.0)
-    routing = Routing(None, scores, None, index, allowed)
-    losses = deepseek.balance_losses(small(**GROUPS | alphas), routing)
-    assert {name: loss.item() for name, loss in losses.items()} == {
-        "expert_balance": pytest.approx(expert, rel=1e-5),
-        "device_balance": pytest.approx(10 * device, rel=1e-5),
-        "communication_balance": pytest.approx(100 * communication, rel=1e-5),
-    }
-
-
-def test_balance_gradient_is_per_sequence_and_flows_through_probabilities_only():
+def test_balance_losses_are_per_sequence_with_gradients_through_probabilities_only():
     alphas = dict(aux_loss_alpha=0.5, device_loss_alpha=0.7, comm_loss_alpha=0.9)
-    scores = torch.randn(2, 10, 8, requires_grad=True).softmax(-1)
+    scores = torch.randn(2, 10, 8, requires_grad=True).softmax(-1)  # B T E; 4 groups
     index = torch.rand(2, 10, 8).topk(3).indices
     allowed = torch.zeros(2, 10, 4, dtype=torch.bool)
     allowed.scatter_(-1, torch.rand(2, 10, 4).topk(2).indices, True)
     routing = Routing(None, scores, None, index, allowed)
     losses = deepseek.balance_losses(small(**GROUPS | alphas), routing)
-    grad = torch.autograd.grad(sum(losses.values()), scores)[0]
     f = F.one_hot(index, 8).sum((1, 2)) * 8 / (3 * 10)  # B E
-    of_device = f.view(2, 4, 2).mean(-1).repeat_interleave(2, -1)
-    of_sending = (allowed.float().mean(1) * 4 / 2).repeat_interleave(2, -1)
-    expected = (0.5 * f + 0.7 * of_device + 0.9 * of_sending) / 10 / 2  # mean over T and B
-    assert torch.allclose(grad, expected[:, None].expand_as(grad))
+    expected = {
+        "expert_balance": 0.5 * f,
+        "device_balance": 0.7 * f.view(2, 4, 2).mean(-1).repeat_interleave(2, -1),
+        "communication_balance": 0.9 * (allowed.sum(1) * 4 / (2 * 10)).repeat_interleave(2, -1),
+    }
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        (grad,) = torch.autograd.grad(loss, scores, retain_graph=True)
+        close(grad, (expected[name] / 10 / 2)[:, None].expand_as(grad))  # mean over T and B
+        close(loss, (grad * scores).sum())
 
 
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -480,15 +458,15 @@ def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
 def test_experts_run_in_the_way_that_fits_traced_where_that_works(
     dtype, overrides, tokens, way, traced, monkeypatch
 ):
+    torch._dynamo.reset()  # another test's graphs count towards its limit
     taken = []
-    for name in ("looped", "grouped", "gathered"):
-        real = getattr(Experts, name)
 
-        def spy(self, x, *rest, name=name, real=real):
-            taken.append((name, x.dtype, torch.compiler.is_compiling()))
-            return real(self, x, *rest)
+    def spy(real, self, x, *rest):
+        taken.append((real.__name__, x.dtype, torch.compiler.is_compiling()))
+        return real(self, x, *rest)
 
-        monkeypatch.setattr(Experts, name, spy)
+    for real in (Experts.looped, Experts.grouped, Experts.gathered):
+        monkeypatch.setattr(Experts, real.__name__, lambda *a, real=real: spy(real, *a))
     experts = Experts(small(**overrides)).requires_grad_(False)
     for p in experts.parameters():
         nn.init.normal_(p)
@@ -586,15 +564,14 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
 
 
 def test_stop_repeats_itself_and_ends_the_stream():
-    model = random_model(small())
-    free = generated(model, [[3, 4], [5, 6]], 40, temperature=0)
+    model, prompts = random_model(small()), [[3, 4], [5, 6]]
+    free = generated(model, prompts, 40, temperature=0)
     stop = int(free[0, 2])
-    rows = generated(model, [[3, 4], [5, 6]], 40, temperature=0, stop=stop)
-    assert (rows[0, 2:] == stop).all()
-    own = free[1].tolist()
-    own = own[: own.index(stop)] if stop in own else own
-    assert len(own) > 3 and rows[1, : len(own)].tolist() == own  # the other row goes on
-    alone = generated(model, [[3, 4]], 40, temperature=0, stop=stop)
+    first, second = generated(model, prompts, 40, temperature=0, stop=stop)
+    assert (first[2:] == stop).all()
+    own = [*free[1].tolist(), stop].index(stop)
+    assert own > 3 and torch.equal(second[:own], free[1, :own])  # the other row goes on
+    alone = generated(model, prompts[:1], 40, temperature=0, stop=stop)
     assert alone.shape[1] == free[0].tolist().index(stop) + 1
 
 
@@ -720,13 +697,12 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
         (dict(topk_method="noaux_tc"), "topk_method = 'noaux_tc' must be greedy or group_lim"),
         (dict(vocab_size=0), "vocab_size = 0 must be a whole number, at least 1"),
         (dict(n_shared_experts=-1), "n_shared_experts = -1 must be a whole number, at least 0"),
-        (dict(vocab_size=2**31), "vocab_size = 2147483648"),
         (dict(n_routed_experts=True), "n_routed_experts = True"),
+        (dict(vocab_size=2**31), "vocab_size = 2147483648"),
         (dict(q_lora_rank=0), "q_lora_rank = 0"),
         (dict(rope_theta=math.inf), "rope_theta = inf must be a finite number"),
         (dict(rope_theta=1.0), "rope_theta = 1.0 must be above 1"),
-        (dict(aux_loss_alpha=True), "aux_loss_alpha = True must be a finite number"),
-        (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1"),
+        (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1 must be a finite number, 0 or more"),
         (dict(routed_scaling_factor=0.0), "routed_scaling_factor = 0.0 must be above 0"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
         (dict(norm_topk_prob="no"), "norm_topk_prob = 'no' must be true or false"),
@@ -735,13 +711,11 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
         (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
         (dict(comm_loss_alpha=0.1), "comm_loss_alpha = 0.1 must be 0 unless topk_method"),
         (dict(token_drop_capacity=1.0), "token_drop_capacity = 1.0 must be 0 unless n_group"),
-        (dict(rope_scaling=[1]), "must be null, or an object of type yarn"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "must be null, or an object of type"),
         (dict(rope_scaling={"type": "yarn", "factor": 2}), "'original_max_position_embeddings'"),
         (dict(rope_scaling=YARN_V2 | {"factro": 2}), "unknown key, or lacks one: 'factro'"),
         (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a number, at least 1"),
         (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a number"),
-        (dict(rope_scaling=YARN_V2 | {"beta_slow": -1}), "beta_slow = -1"),
         (dict(rope_scaling=YARN_V2 | {"beta_fast": 0.5}), "beta_fast must be at least beta_slow"),
     ],
 )
@@ -751,18 +725,13 @@ def test_impossible_configs_are_refused_in_a_sentence(overrides, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_possible_is_accepted():
-    small(n_group=4, topk_group=1)  # greedy routing does not care for groups
-    small(rope_scaling=YARN_V2 | {"mscale_all_dim": 0})
-    small(n_shared_experts=0, first_k_dense_replace=0, q_lora_rank=4)
-
-
 def test_presets_and_stored_values_are_taken_with_known_names_alone():
     with pytest.raises(ConfigError, match="size 'huge' is unknown"):
         Config.preset("huge")
     with pytest.raises(ConfigError, match="'n_experts' is not a field"):
         Config.preset("tiny", n_experts=3)
     assert Config.preset("1b", n_routed_experts=32).n_routed_experts == 32
+    small(n_group=4, topk_group=1)  # greedy routing does not care for groups
     stored = dict(vars(small()))
     assert Config.from_dict(stored) == small()
     neutral = dict(n_group=1, topk_method="greedy", q_lora_rank=1536, norm_topk_prob=False)
