@@ -151,9 +151,11 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
 def main() -> None:
     options, typed = parse_flags(Options, __doc__)
     options, state = open_run(options, typed)
-    for name, value in typed["config"].items() if state else ():
-        if value != (old := vars(stored_config(state)).get(name)):
-            refuse_change(name, value, old)
+    if state:  # options: as they were typed then, where the tokenizer has rounded vocab_size up
+        known = vars(stored_config(state)) | options.config
+        for name, value in typed["config"].items():
+            if value != known[name]:
+                refuse_change(name, value, known[name])
     if state and state["step"] >= (options.steps or math.inf):
         say(options, f"finished: {state['step']} steps are done; more --steps go on")
         return
