@@ -1,0 +1,255 @@
+"""Flags, also of a run that goes on; bad input; how scripts end; checkpoint, log, sample.py."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import MODEL, ROOT, log_of
+
+import finetune
+import sample
+import train
+from common import checkpoint, data, runlog, runtime, stories, trainer
+from common.runtime import UsageError
+from deepseek import Config, DeepSeek
+
+
+@pytest.fixture
+def begun(trained, tmp_path):
+    """A run of two steps, to go on with."""
+    return shutil.copytree(trained.parent, tmp_path / "begun")
+
+
+def stored(folder):
+    return checkpoint.load_checkpoint(folder / "ckpt.pt", mmap=False)
+
+
+def test_rounding_may_change_and_is_said_and_all_else_stays(run, begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "same")
+    before = stored(begun)["args"]
+    changes = {"dtype": "bfloat16", "grad_accum": 2, "device": "cpu"}
+    said = "".join(f" --{name} {value}" for name, value in changes.items())
+    line = "train --resume --steps"
+    code, out, _ = run(f"{line} 4 --out {begun}{said} --checkpoint_activations")
+    assert code == 0 and "in 2 pieces" in out and "cpu, bfloat16" in out
+    changes["checkpoint_activations"] = True
+    for name, value in changes.items():
+        assert out.count(f"note     --{name} {value} in place of {before[name]}: results may") == 1
+    after = stored(begun)["args"]
+    changes |= {"steps": 4, "resume": True, "out": str(begun)}
+    assert after == before | changes
+    code, out, _ = run(f"{line} 4 --out {tmp_path}/same --eval_every 1 --save_every 2")
+    assert code == 0 and "in place of" not in out
+    losses, others = ([r["loss"] for r in log_of(f)[1:]] for f in (begun, tmp_path / "same"))
+    assert losses == pytest.approx(others, abs=0.02) and losses[2:] != others[2:]
+    code, out, _ = run(f"{line} 5 --out {begun}")  # as it was typed last
+    assert code == 0 and "in place of" not in out and "cpu, bfloat16" in out
+    assert stored(begun)["step"] == 5
+    assert run(f"{line} 6 --log_level quiet --out {begun}") == (0, "", "")
+    code, out, _ = run(f"train --resume --log_level info --out {begun}")
+    assert code == 0 and "finished: 6 steps" in out
+
+
+def test_what_is_learned_may_not_change(run, begun):
+    flags = (
+        "--lr 0.5,--batch_size 8,--seq_len 16,--warmup 3,--schedule cosine,--beta2 0.9,--seed 3"
+        ",--weight_decay 0.2,--clip 2.0,--size small,--data stories,--low_memory True,--minutes 3.0"
+        ",--induction_init 0.1"
+    ).split(",")
+    names = {flag.split()[0].removeprefix("--") for flag in flags}
+    kinds = {f.name: f.metadata["on_resume"] for f in fields(train.Options) if f.metadata}
+    assert names == {name for name, kind in kinds.items() if kind == runtime.SAME}
+    flags += ["--steps 1", "--hidden_size 64", "--vocab_size 384", "--norm_topk_prob True"]
+    before = (begun / "ckpt.pt").read_bytes()
+    for flag in flags:
+        code, _, err = run(f"train --resume --out {begun} {flag.replace('memory True', 'memory')}")
+        assert code == 2 and f"{flag} differs from the run's" in err, (flag, err)
+    assert (begun / "ckpt.pt").read_bytes() == before
+
+
+def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_changed(
+    run, corpus, tmp_path
+):
+    (tmp_path / "mine.txt").write_text(corpus.read_text())
+    line = f"train {MODEL} --vocab_size 300 --data {tmp_path}/mine.txt --out {tmp_path}/o"
+    assert run(f"{line} --steps 1")[0] == 0
+    code, _, err = run(f"{line} --steps 2 --resume")
+    assert code == 0, err
+    (tmp_path / "mine.txt").write_text(corpus.read_text().replace("small", "great"))
+    code, _, err = run(f"{line} --steps 3 --resume")
+    assert code == 2 and "has changed since the run began" in err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train --size huge", "invalid choice: 'huge'"),
+        ("train --data {tmp}/binary.txt", "byte 1 is wrong"),
+        ("train --data {tmp}/short.txt", "fewer than one row of seq_len"),
+        ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
+        ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
+        ("train --data {text} --steps 3 --minutes 3", "exclude each other"),
+        ("train --data {text} --device tpu", "device 'tpu' is unknown"),
+        ("train --data {text} --dtype float16 --device cpu", "float16 needs a CUDA card"),
+        ("train --data {text} --rope_scaling nonsense", "--rope_scaling"),
+        ("train --data {text} --vocab_size 100", "must be at least 258"),
+        ("train --data {text} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
+        ("train --data {text} --max_position_embeddings 16 --seq_len 32", "--seq_len 32 is more"),
+        ("train --data {text} --out {tmp}/empty.txt", "cannot be written"),
+        ("train --data {text} --size v2", "GiB of memory are needed"),
+        ("train --resume --out {tmp}/nothing", "nothing to resume"),
+        ("finetune --ckpt {ckpt} --rank 4", "--rank is called --lora_rank now"),
+        ("sample --ckpt {tmp}/none.pt", "does not exist"),
+        ("sample --ckpt {tmp}/cut.pt", "is damaged or not one"),
+        ("sample --ckpt {tmp}/alien.pt", "not a checkpoint of train.py"),
+        ("sample --ckpt {tmp}", "has neither ckpt.pt nor config.json"),
+        ("sample --ckpt {ckpt} --top_p 2", "--top_p: '2' is not a number above 0 and at most 1"),
+        ("sample --ckpt {ckpt} --prompt {long}", "tokens and the context 32"),
+        ("sample --ckpt {ckpt} --score x --compile", "leave it out"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x7f\xff\x00\x01" * 100)
+    (tmp_path / "short.txt").write_text("too short")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "alien.pt")
+    (tmp_path / "cut.pt").write_bytes(trained.read_bytes()[:5000])
+    line = line.format(tmp=tmp_path, text=corpus, ckpt=trained, long="x" * 99)
+    if line.startswith("train") and "--out" not in line:
+        line += f" --out {tmp_path}/out"
+    code, _, err = run(line)
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_help_tells_of_every_flag_and_its_default(run):
+    for script in (train, finetune, sample):
+        code, out, _ = run(f"{script.__name__} --help")
+        named = [f for f in fields(script.Options) if f.metadata]
+        assert code == 0 and " ".join(out.split()).count("(default: ") >= len(named)
+        names = [f.name for f in named]
+        if script is train:
+            names += {f.name for f in fields(Config)} - {"bos_token_id", "eos_token_id"}
+        assert {f"--{name}" for name in names} <= set(out.replace("]", " ").split())
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "CUDA out of memory. Tried"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space"),
+        (torch._inductor.exc.InvalidCxxCompiler(), 2, "torch.compile fails here (No working C++"),
+    ],
+)
+def test_how_a_script_ends(run, begun, monkeypatch, error, code, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "load_state_dict", fail)
+    ended, _, err = run(f"train --resume --steps 4 --log_level quiet --out {begun}")
+    assert ended == code and err.startswith(f"train.py: {said}")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_every_script_keeps_freed_memory_for_the_next_step():
+    program = """
+import resource, torch
+from common import runtime
+runtime.run_script(lambda: None)
+for step in range(12):
+    if step == 2:
+        began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    several = [torch.ones(2**18) for _ in range(16)]  # of a MiB each
+    del several
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) < 4000  # given back, ten times 16 MiB are 40,960 pages
+
+
+def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch):
+    for able, expected in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=able: a, raising=False)
+        assert runtime.choose_dtype("auto", torch.device("cpu")) == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.11 cannot tell
+    assert runtime.choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(begun, monkeypatch):
+    before = (begun / "ckpt.pt").read_bytes()
+
+    def fail(state, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UsageError, match=r"ckpt.pt cannot be written.*0.0 MB and [\d.]+ MB"):
+        checkpoint.save_checkpoint(begun / "ckpt.pt", {})
+    assert (begun / "ckpt.pt").read_bytes() == before and not list(begun.glob("*.tmp"))
+    monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):  # which has nothing to do with the disk
+        checkpoint.save_checkpoint(begun / "ckpt.pt", {})
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    for _ in range(2):
+        with trainer.run_lock(str(tmp_path)), pytest.raises(UsageError, match="another run"):
+            trainer.run_lock(str(tmp_path)).__enter__()
+
+
+def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
+    log = runlog.Log(tmp_path, {"args": {}})
+    for step in range(1, 6):
+        log.write({"step": step})
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])  # the last line is cut, if only by its end
+    assert [r.get("step") for r in runlog.read_log(path)] == [None, 1, 2, 3, 4]
+    runlog.Log(tmp_path, {"args": {}}, resume_at=3).write({"step": 4, "again": True})
+    *_, before, last = runlog.read_log(path)
+    assert before == {"step": 3} and last == {"step": 4, "again": True}
+
+
+def test_the_judge_counts_valid_stories_and_names_mistakes(monkeypatch, capsys):
+    right, wrong = stories.tell(0).text, stories.tell(1).text
+    start, end, _ = [f for f in stories.tell(1).facts if f[2] == "name"][-1]
+    name = next(name for name in ("Mia", "Ada", "Zoe") if name not in wrong)
+    wrong = wrong[:start] + name + wrong[end:]
+    tokenizer = data.train_tokenizer([right, wrong], 600)
+    rows = [[*tokenizer.encode(text).ids, 1] for text in (right, wrong, right)]
+    longest = max(map(len, rows))
+    steps = torch.tensor([row + [1] * (longest - len(row)) for row in rows]).T
+    monkeypatch.setattr(sample.Speaker, "stream", lambda self, prompts: iter(steps))
+    sample.judge(sample.Speaker(None, tokenizer, sample.Options(judge=3), None), [0])
+    out = capsys.readouterr().out
+    assert "2 of 3 stories are valid (66.7%)" in out
+    assert "first mistakes: name 1" in out and f"after {start / len(wrong):.0%}" in out
+
+
+def test_sample_hands_its_flags_on(run, trained, monkeypatch):
+    asked = []
+
+    def generate(self, prompts, new, **options):
+        asked.append((len(prompts), new, options))
+        return iter([])
+
+    monkeypatch.setattr(DeepSeek, "generate", generate)
+    flags = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
+    assert run(f"sample --ckpt {trained} {flags}")[0] == 0
+    assert run(f"sample --ckpt {trained} {flags} --compile")[0] == 0
+    (plain, *warm, compiled) = asked
+    assert all(options == dict(temperature=0, compiled=True) for _, _, options in warm) and warm
+    for (rows, new, options), compile in ((plain, False), (compiled, True)):
+        assert (rows, new, options.pop("compiled")) == (1, 9, compile)
+        assert options.pop("generator")
+        assert options.pop("vocab_size") < 320  # the tokenizer's, without padding
+        assert options == dict(temperature=0.5, top_k=3, top_p=0.7, stop=1)
