@@ -17,7 +17,9 @@ from finetune import TARGETS
 
 IDS = torch.arange(60).view(2, 30) % 96
 COMPRESSED = GROUPS | YARN | dict(q_lora_rank=28)
-ATTENTION = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+COMPRESSED_MLA = [name for name in MLA_PROJECTIONS if name != "q_proj"]
+MLPS = ["0.mlp", "1.mlp.shared_experts", "2.mlp.shared_experts"]
+MLP_WEIGHTS = [f"model.layers.{m}.{n}_proj.weight" for m in MLPS for n in ("gate", "up", "down")]
 
 
 def logits(model, **options):
@@ -41,15 +43,15 @@ def close(a, b, relative=1e-5):
     assert (a - b).abs().max() <= relative * b.abs().max()
 
 
-@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
-def test_the_start_is_the_base_exactly_and_only_adapters_learn(overrides):
-    model = random_model(small(**overrides))
+@pytest.mark.parametrize("overrides, dtype", [({}, torch.float32), (COMPRESSED, torch.bfloat16)])
+def test_the_start_is_the_base_exactly_and_only_adapters_learn(overrides, dtype):
+    model = random_model(small(**overrides)).to(dtype)
     base, before = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
     names = add_lora(model, rank=4)
     assert len(names) == (15 if overrides else 12) and all(".self_attn." in n for n in names)
     assert torch.equal(logits(model), base)
     trainable = [p for p in model.train().parameters() if p.requires_grad]
-    assert len(trainable) == 2 * len(names)
+    assert len(trainable) == 2 * len(names) and {p.dtype for p in trainable} == {torch.float32}
     optimizer = torch.optim.AdamW(trainable, 1e-2)
     for _ in range(3):
         out = model(IDS[:, :-1], IDS[:, 1:])
@@ -93,34 +95,16 @@ def test_dropout_drops_in_training_only():
 
 
 @pytest.mark.parametrize("overrides", [{}, COMPRESSED])
-def test_absorbed_attention_sees_an_adapter_on_kv_b_proj(overrides):
-    model = adapted(**overrides)
-    cache = model.new_cache(2, 30)
+def test_absorbed_and_merged_adapters_give_the_same_logits(overrides):
+    model = adapted(targets=[*TARGETS, "lm_head"], **overrides)
+    expected, cache = logits(model), model.new_cache(2, 30)
     with torch.no_grad():
         step = [model(IDS[:, t : t + 1], cache=cache, absorb=True).logits for t in range(30)]
-    close(torch.cat(step, 1), logits(model))
-
-
-@pytest.mark.parametrize("overrides", [{}, COMPRESSED])
-def test_merging_changes_no_logits_and_leaves_a_plain_model(overrides):
-    model = adapted(targets=[*TARGETS, "lm_head"], **overrides)
-    before = logits(model)
+    close(torch.cat(step, 1), expected)
     merge_lora(model)
-    close(logits(model), before)
+    close(logits(model), expected)
     assert model.state_dict().keys() == random_model(small(**overrides)).state_dict().keys()
     assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_beside_a_base_in_bfloat16_adapters_are_float32_and_the_base_keeps_its_bits():
-    model = random_model(small()).bfloat16()
-    base = {k: v.clone() for k, v in model.state_dict().items()}
-    add_lora(model, 4)
-    with torch.no_grad():
-        for tensor in lora_state(model).values():
-            tensor.normal_(0, 0.1)
-            assert tensor.dtype == torch.float32
-    remove_lora(model)
-    assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
 
 
 def test_targets_are_last_or_full_names_and_unknown_ones_are_refused():
@@ -183,7 +167,7 @@ def made_by_peft(model, folder, **settings):
     peft = pytest.importorskip("peft")
     base = oracle(model.config)
     base.load_state_dict(model.state_dict())
-    settings = dict(r=4, lora_alpha=5, target_modules=ATTENTION) | settings
+    settings = dict(r=4, lora_alpha=5, target_modules=COMPRESSED_MLA) | settings
     other = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(2)
     with torch.no_grad():
@@ -194,24 +178,11 @@ def made_by_peft(model, folder, **settings):
     return logits(other)
 
 
-@pytest.mark.parametrize("mlp", [False, True])
-def test_an_adapter_made_by_peft_loads_here(mlp, tmp_path):
-    model = random_model(small(**COMPRESSED))
-    before, settings = logits(model), {}
-    if mlp:
-        layers = [n for n in model.state_dict() if "mlp." in n and n.endswith("_proj.weight")]
-        settings = dict(target_parameters=[n for n in layers if ".experts." not in n])
-        assert len(settings["target_parameters"]) == 9
-    targets = [n for n in MLA_PROJECTIONS if n != "q_proj"]
-    expected = made_by_peft(model, tmp_path, target_modules=targets, **settings)
-    load_lora(model, tmp_path)
-    close(logits(model), expected)
-    assert not torch.allclose(logits(model), before, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     "settings, refused",
     [
+        ({}, None),
+        (dict(target_parameters=MLP_WEIGHTS), None),
         (dict(layers_to_transform=[1]), None),
         (dict(exclude_modules=["o_proj"]), None),
         (dict(target_modules=r".*self_attn\.o_proj"), None),
@@ -224,8 +195,9 @@ def test_an_adapter_made_by_peft_loads_here(mlp, tmp_path):
     ids=str,
 )
 def test_what_peft_makes_is_read_to_the_same_logits_or_refused(settings, refused, tmp_path):
-    model = random_model(small())
-    expected = made_by_peft(model, tmp_path, **settings)
+    model = random_model(small(**COMPRESSED))
+    before, expected = logits(model), made_by_peft(model, tmp_path, **settings)
+    assert not torch.allclose(expected, before, atol=1e-3)
     with pytest.raises(UsageError, match=refused) if refused else nullcontext():
         load_lora(model, tmp_path)
         close(logits(model), expected)
@@ -233,7 +205,7 @@ def test_what_peft_makes_is_read_to_the_same_logits_or_refused(settings, refused
 
 def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
     peft = pytest.importorskip("peft")
-    expected = made_by_peft(random_model(small()), tmp_path)
+    expected = made_by_peft(random_model(small(**COMPRESSED)), tmp_path)
     path = tmp_path / "adapter_config.json"
     record = json.loads(path.read_text())
     harmless = {
@@ -247,14 +219,14 @@ def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
     for name, default in (fields | dict(of_tomorrow=None)).items():
         value = off.get(name, True if default is False else ["x"])
         path.write_text(json.dumps(record | {name: value}))
-        model = random_model(small())
+        model = random_model(small(**COMPRESSED))
         message = f"has {name} = .* only plain LoRA"
         known = name in harmless
         with nullcontext() if known else pytest.raises(UsageError, match=message):
             load_lora(model, tmp_path)
             close(logits(model), expected)
         assert known == bool(lora_state(model))
-    model = random_model(small())
+    model = random_model(small(**COMPRESSED))
     path.write_text(json.dumps(record | dict(of_tomorrow=None, new=False, more={}, any=[])))
     load_lora(model, tmp_path)
     close(logits(model), expected)
