@@ -65,15 +65,12 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
         ("a.json", '{"instruction": "a", "output": "b"}', "must be a list of rows, not dict"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
         ("a.jsonl", "{}\n{", "a.jsonl line 2 is not JSON"),
-        ("a.json", b"\xff", "byte 0 is wrong"),
-        ("b.json", "[]", "a.json cannot be read"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
-        chat.read_instructions(str(tmp_path / name.replace("b.", "a.")))
+        chat.read_instructions(str(tmp_path / name))
 
 
 def test_alpaca_comes_from_the_hub(cats, monkeypatch):
@@ -106,12 +103,9 @@ def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
     counted = targets[targets != data.IGNORE]
     assert tokenizer.decode(counted[:-1].tolist()) == " Cat 3 is big." and counted[-1] == 1
     assert torch.equal(targets[0, -len(counted) :], counted)
-
-
-def test_special_tokens_typed_into_a_question_or_an_answer_stay_text(tokenizer):
+    # Special tokens typed into a question or an answer stay text.
     (example,), _ = chat.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
-    assert (example.ids[0], example.ids[-1]) == (0, 1)
-    assert not np.isin(example.ids[1:-1], [0, 1]).any()
+    assert example.ids[[0, -1]].tolist() == [0, 1] and example.ids[1:-1].min() > 1
 
 
 def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tokenizer):
@@ -131,38 +125,24 @@ def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tok
             assert example.ids.tolist() == whole[: seq_len + 1] and example.question == question
 
 
-def some_examples(n=500):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(6, 90, n)
-    return [chat.Example("", np.arange(i + 2, i + 2 + k), 3) for i, k in enumerate(lengths)]
-
-
-def test_an_epoch_has_each_example_in_full_batches_of_like_length():
-    examples = some_examples()
-    batches = chat.AnswerBatches(examples, 8, seed=1)
-    assert batches.per_epoch == 63
-    padding, seen = 0, Counter()
-    for step in range(63):
-        inputs, _ = batches.get_batch(step)
-        assert len(inputs) == 8
-        padding += int((inputs == 0).sum())
-        seen.update((inputs[:, 0] - 2).tolist())  # which examples they are
-    assert set(seen) == set(range(500)) and sorted(seen.values()) == [1] * 496 + [2] * 4
-    assert padding < 0.05 * sum(len(e.ids) for e in examples)
-
-
-def test_each_epoch_mixes_anew_by_seed_and_step_alone():
-    examples = some_examples()
+def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_anew():
+    lengths = np.random.default_rng(0).integers(6, 90, 500)
+    ids = [np.arange(i + 2, i + 2 + length) for i, length in enumerate(lengths)]
+    examples = [chat.Example("", row, 3) for row in ids]  # the first id tells which one it is
     one, two, other = (chat.AnswerBatches(examples, 8, seed) for seed in (1, 1, 2))
-    widths = [one.get_batch(step)[0].shape[1] for step in range(63)]
+    assert one.per_epoch == 63
+    epoch = [one.get_batch(step)[0] for step in range(63)]
+    seen = Counter(int(i) for inputs in epoch for i in inputs[:, 0])
+    assert len(seen) == 500 and sorted(seen.values()) == [1] * 496 + [2] * 4
+    assert {len(inputs) for inputs in epoch} == {8}
+    assert sum((inputs == 0).sum() for inputs in epoch) < 0.05 * lengths.sum()
+    widths = [inputs.shape[1] for inputs in epoch]
     assert abs(np.corrcoef(np.arange(63), widths)[0, 1]) < 0.5
-
-    def company(batches, epoch):
-        steps = range(63 * epoch, 63 * epoch + 63)
-        return {frozenset(batches.get_batch(step)[0][:, 0].tolist()) for step in steps}
-
-    assert not company(one, 0) & company(one, 1) and not company(one, 0) & company(other, 0)
-    for step in (3, 70, 3):
+    company = {frozenset(inputs[:, 0].tolist()) for inputs in epoch}
+    for batches, first in ((one, 63), (other, 0)):
+        again = [batches.get_batch(step)[0][:, 0] for step in range(first, first + 63)]
+        assert not company & {frozenset(inputs.tolist()) for inputs in again}
+    for step in (3, 70, 3):  # it depends on nothing but seed and step
         assert all(map(torch.equal, one.get_batch(step), two.get_batch(step)))
 
 
@@ -207,13 +187,10 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
     model, _ = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
     total, _ = model.num_parameters()
-    adapted = [  # every projection; routed experts have none
-        module
-        for name, module in model.named_modules()
-        if name.endswith(("_proj", "_mqa")) and isinstance(module, torch.nn.Linear)
-    ]
-    rank = 4 * sum(sum(module.weight.shape) for module in adapted)
-    assert any(module.in_features == model.config.intermediate_size for module in adapted)
+    matrices = (
+        p for n, p in model.named_parameters() if n.endswith(("_proj.weight", "_mqa.weight"))
+    )
+    rank = 4 * sum(sum(matrix.shape) for matrix in matrices)  # routed experts have no adapters
     assert summary["trainable"] == (total if full else rank)
     assert summary["total"] == (total if full else total + rank)
 
@@ -288,47 +265,44 @@ def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_pat
     assert checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt")["tokenizer"] == stored
 
 
-def test_the_built_in_task_is_scored_before_and_after(run, tmp_path, monkeypatch):
-    score, shares = finetune.score_tasks, iter([0.2, 0.9])
+def test_the_built_in_task_is_scored_by_kind_before_and_after(run, tmp_path, monkeypatch):
+    tasks = {
+        task.instruction: task
+        for task in itertools.islice(stories.instructions(0, held_out=True), 60)
+    }
+    scorings = []
 
-    def score_tasks(*given):
-        found, right = score(*given), next(shares)
-        assert (found["right"], set(found["by_kind"].values())) == (0, {0})
-        return found | {"right": right, "by_kind": dict.fromkeys(stories.KINDS, right / 2)}
+    def answer(model, tokenizer, questions):  # who and what_next wrong before, who wrong after
+        scorings.extend([questions] * (len(questions) == 60))
+        wrong = ("who", "what_next") if len(scorings) == 1 else ("who",)
+        return ["Nobody." if tasks[q].kind in wrong else tasks[q].answer for q in questions]
 
-    monkeypatch.setattr(finetune, "HELD_OUT_TASKS", 24)
-    monkeypatch.setattr(finetune, "score_tasks", score_tasks)
+    monkeypatch.setattr(finetune, "HELD_OUT_TASKS", 60)
+    monkeypatch.setattr(finetune, "answer", answer)
     line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
     assert run(f"{line} --log_level quiet")[0] == 0
     line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
     code, out, _ = run(f"{line} --lora_rank 8 --dtype float32 --out {tmp_path}/o")
+    assert code == 0 and "40 instructions, 60 held out" in out and len(scorings) == 2
     *_, summary = log_of(tmp_path / "o")
-    assert code == 0 and "40 instructions, 24 held out" in out
-    table = [line.split() for line in out.splitlines() if line.endswith("%")]
-    assert table[-1] == ["all", "24", "20.0%", "90.0%"] and table[0][2:] == ["10.0%", "45.0%"]
-    assert out.count("before, wrong:") == out.count("after, wrong:") == len(stories.KINDS)
-    assert (summary["right_before"], summary["right_after"]) == (0.2, 0.9)
-    assert summary["by_kind"] == dict.fromkeys(stories.KINDS, 0.45)
+    asked = Counter(task.kind for task in tasks.values())
+    after = 1 - asked["who"] / 60
+    before = after - asked["what_next"] / 60
+    assert summary["by_kind"] == {kind: float(kind != "who") for kind in stories.KINDS}
+    assert summary["right_before"] == pytest.approx(before, abs=1e-4)
+    assert summary["right_after"] == pytest.approx(after, abs=1e-4)
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith("%")}
+    assert table["what_next"] == [str(asked["what_next"]), "0.0%", "100.0%"]
+    assert table["all"] == ["60", f"{before:.1%}", f"{after:.1%}"]
+    assert out.count("before, wrong: Nobody.") == 2 and out.count("after, wrong: Nobody.") == 1
     assert summary["plain_loss_off"] == summary["plain_loss_before"]
     assert summary["plain_loss_after"] != summary["plain_loss_before"]
-    assert 0 < summary["trainable"] < 0.2 * summary["total"]
-
-
-def test_answers_are_judged_by_kind(monkeypatch):
-    tasks = [*itertools.islice(stories.instructions(3, held_out=True), 60)]
-    said = [t.answer if t.kind != "who" else "Nobody." for t in tasks]
-    monkeypatch.setattr(finetune, "answer", lambda *_: said)
-    score = finetune.score_tasks(None, None, tasks)
-    assert score["by_kind"] == {kind: float(kind != "who") for kind in stories.KINDS}
-    who = sum(t.kind == "who" for t in tasks)
-    assert score["right"] == pytest.approx(1 - who / 60, abs=1e-4)
 
 
 def read_lesson(trained, **flags):
     tokenizer = data.load_tokenizer(checkpoint.load_checkpoint(trained)["tokenizer"])
     options = finetune.Options(**dict(seq_len=512) | flags)  # this tokenizer knows few words
-    config = Config.preset("tiny", max_position_embeddings=512)
-    options = finetune.with_recipe(options, config)
+    options = finetune.with_recipe(options, Config.preset("small"))
     lesson = finetune.read_data(options, tokenizer)
     return lesson, finetune.with_steps(options, lesson)
 
@@ -347,12 +321,6 @@ def test_what_is_held_out_is_not_taught_and_plain_stories_are_new(trained, cats,
     assert len(set(seeds)) == 100 and min(seeds) >= 10**9
     other, _ = read_lesson(trained, data="stories:50", seed=1)
     assert not torch.equal(other.get_batch(0)[0], built_in.get_batch(0)[0])
-
-    def combinations(seed, held_out, n):
-        tasks = itertools.islice(stories.instructions(seed, held_out), n)
-        return {(task.facts["hero"], task.facts["thing"]) for task in tasks}
-
-    assert not combinations(0, False, 2000) & combinations(0, True, 300)
 
 
 def test_how_long_and_how_fast_it_trains_unless_told(trained, cats, tmp_path):
@@ -405,16 +373,11 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ("--data stories", "need a context of"),
         ("--data {cats} --full --lora_rank 4", "--lora_rank is of adapters"),
         ("--data {cats} --rank 4", "--rank is called --lora_rank now"),
-        ("--data {cats} --targets o_proj", "--targets is called --target_modules now"),
         ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
-        ("--data {cats} --lora_rank 0", "--lora_rank"),
-        ("--data {cats} --alpha nan", "--alpha"),
         ("--data {cats} --dropout 1", "--dropout"),
-        ("--data {cats} --steps 3 --minutes 3", "exclude each other"),
         ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
         ("--data {cats} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
-        ("--data {cats} --ckpt {tmp}/none.pt", "does not exist"),
         ("--resume", "nothing to resume"),
         ("--resume --out {base}/.", "holds the base"),
     ],
@@ -446,9 +409,8 @@ def test_a_run_is_resumed_on_its_own_text_and_base_by_its_own_script(run, traine
     cats.write_text(json.dumps(rows(PAIRS)))
     state = checkpoint.load_checkpoint(trained)
     smaller = random_model(Config(**state["config"] | dict(intermediate_size=48)))
-    checkpoint.save_checkpoint(
-        base, state | dict(model=smaller.state_dict(), config=vars(smaller.config))
-    )
+    state |= dict(model=smaller.state_dict(), config=vars(smaller.config))
+    checkpoint.save_checkpoint(base, state)
     code, _, err = run(resume)
     assert code == 2 and "does not fit its base" in err
     shutil.copy(trained, base)
