@@ -11,7 +11,7 @@ import torch
 from conftest import MODEL, log_of, random_model, same
 
 import finetune
-from common import chat, checkpoint, data, stories, trainer
+from common import chat, checkpoint, data, stories
 from common.formats import load_lora
 from common.runtime import UsageError
 from deepseek import Config
@@ -35,12 +35,7 @@ def tokenizer():
     return data.train_tokenizer([" ".join(pair) for pair in PAIRS], 320, [chat.TEMPLATE])
 
 
-# ----------------------------------------------------------------------------------------------
-# Instructions as data
-# ----------------------------------------------------------------------------------------------
-
-
-def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
+def test_json_jsonl_and_alpaca_from_the_hub_are_read(tmp_path, monkeypatch):
     content = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "more": 1},
         {"instruction": "Say\u2028hi.", "output": "hi"},  # no end of a line in .jsonl
@@ -50,34 +45,27 @@ def test_json_and_jsonl_in_alpacas_form_are_read(tmp_path):
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    assert chat.read_instructions(str(tmp_path / "a.json")) == expected
-    assert chat.read_instructions(str(tmp_path / "a.jsonl")) == expected
+    hub = {("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"): tmp_path / "a.json"}
+    monkeypatch.setattr(chat, "download", lambda *what: hub[what])
+    for source in (tmp_path / "a.json", tmp_path / "a.jsonl", "alpaca"):
+        assert chat.read_instructions(str(source)) == expected
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("a.json", '[{"instruction": "a", "output": "b"}, {"output": "b"}]', "a.json row 2 is not"),
-        ("a.json", '[{"instruction": "a", "output": 3}]', "a.json row 1 is not"),
         ("a.json", '[{"instruction": "a", "input": 3, "output": "b"}]', "a.json row 1 is not"),
         ("a.json", '[{"instruction": "\\ud800", "output": "b"}]', "row 1 holds half a surrogate"),
         ("a.json", "[", "a.json is not JSON"),
         ("a.json", '{"instruction": "a", "output": "b"}', "must be a list of rows, not dict"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
-        ("a.jsonl", "{}\n{", "a.jsonl line 2 is not JSON"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
         chat.read_instructions(str(tmp_path / name))
-
-
-def test_alpaca_comes_from_the_hub(cats, monkeypatch):
-    asked = []
-    monkeypatch.setattr(chat, "download", lambda *what: asked.append(what) or cats)
-    assert chat.read_instructions("alpaca") == PAIRS
-    assert asked == [("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")]
 
 
 def test_equal_questions_are_held_out_together_and_never_nothing():
@@ -162,20 +150,13 @@ def test_padding_changes_nothing(tokenizer, trained):
     assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
 
 
-# ----------------------------------------------------------------------------------------------
-# Runs
-# ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("full", ["", "--full"])
 def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
-    before = trained.read_bytes()
-    out = tmp_path / "o"
+    before, out = trained.read_bytes(), tmp_path / "o"
     how = full or "--lora_rank 4 --alpha 6 --dropout 0.25"
     line = f"finetune --ckpt {trained} --data {cats} {how} --steps 30 --lr 0.03 --warmup 2"
     code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
-    assert code == 0, err
-    assert "instructions" in text and "held out, nats/token" in text
+    assert code == 0 and "held out, nats/token" in text, err
     kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
     files = {"ckpt.pt", "log.jsonl", "curves.png", "run.lock"}
     assert {path.name for path in out.iterdir()} == kept | files
@@ -187,10 +168,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
     model, _ = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
     total, _ = model.num_parameters()
-    matrices = (
-        p for n, p in model.named_parameters() if n.endswith(("_proj.weight", "_mqa.weight"))
-    )
-    rank = 4 * sum(sum(matrix.shape) for matrix in matrices)  # routed experts have no adapters
+    ends = ("_proj.weight", "_mqa.weight")  # routed experts have no adapters
+    rank = 4 * sum(sum(p.shape) for n, p in model.named_parameters() if n.endswith(ends))
     assert summary["trainable"] == (total if full else rank)
     assert summary["total"] == (total if full else total + rank)
 
@@ -204,8 +183,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     for adapters in (out, out / "ckpt.pt"):
         code, _, err = run(f"sample --ckpt {adapters} --prompt a")
         assert code == 2 and "adapters alone: give" in err and err.count("\n") == 1
-    code, _, err = run(f"sample --ckpt {trained} --lora {tmp_path} --prompt a")
-    assert code == 2 and "has no adapter_config.json" in err and err.count("\n") == 1
     assert run(f"sample {place} --export {tmp_path}/hf")[0] == 0
     assert run(f"sample --ckpt {tmp_path}/hf {prompt}")[1] == said
     record = json.loads((out / "adapter_config.json").read_text())
@@ -230,6 +207,13 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     whole, parts = (log_of(tmp_path / n)[1:] for n in ("whole", "parts"))
     for key in ("step", "loss", "val_loss_after"):
         assert [r.get(key) for r in whole] == [r.get(key) for r in parts]
+    log = tmp_path / "parts" / "log.jsonl"  # as if it had been killed before it was scored
+    *lines, summary = log.read_text().splitlines()
+    log.write_text("\n".join(lines) + "\n")
+    assert run(f"finetune --resume --out {tmp_path}/parts")[0] == 0
+    assert log_of(tmp_path / "parts")[-1] == json.loads(summary)
+    _, said, _ = run(f"finetune --resume --out {tmp_path}/parts --log_level info")
+    assert "finished: 12 steps" in said and log.read_text().splitlines()[-1] == summary
 
 
 @pytest.mark.parametrize("how", ["--lora_rank 2", "--full"])
@@ -244,14 +228,10 @@ def test_where_the_loss_rises_again_the_earlier_best_stays(run, trained, cats, t
     checkpoint.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
     assert run(f"finetune --resume --steps 6 --out {tmp_path}/o")[0] == 0
     assert kept.read_bytes() == before
-    source = str(kept if how == "--full" else trained)
-    model, tokenizer = checkpoint.open_model(source, torch.device("cpu"), "auto")
-    if how != "--full":
-        load_lora(model, tmp_path / "o")
-    examples, _ = chat.make_examples(chat.hold_out(PAIRS)[1], tokenizer, 32)
-    held_out = chat.answer_eval_set(examples, tokenizer, 8, 10**9)
-    loss = trainer.evaluate(model, held_out, torch.device("cpu"), torch.float32)["val_loss"]
-    assert log_of(tmp_path / "o")[-1]["val_loss_after"] == pytest.approx(loss, rel=1e-4)
+    _, *records, summary = log_of(tmp_path / "o")
+    best = min(record["val_loss"] for record in records[:4])
+    assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
+    assert records[-1]["val_loss"] != pytest.approx(best, rel=1e-4)
 
 
 def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_path):
@@ -266,11 +246,8 @@ def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_pat
 
 
 def test_the_built_in_task_is_scored_by_kind_before_and_after(run, tmp_path, monkeypatch):
-    tasks = {
-        task.instruction: task
-        for task in itertools.islice(stories.instructions(0, held_out=True), 60)
-    }
-    scorings = []
+    held_out = itertools.islice(stories.instructions(0, held_out=True), 60)
+    tasks, scorings = {task.instruction: task for task in held_out}, []
 
     def answer(model, tokenizer, questions):  # who and what_next wrong before, who wrong after
         scorings.extend([questions] * (len(questions) == 60))
@@ -311,30 +288,26 @@ def test_what_is_held_out_is_not_taught_and_plain_stories_are_new(trained, cats,
     seeds, tell = [], stories.tell
     monkeypatch.setattr(stories, "tell", lambda seed: seeds.append(seed) or tell(seed))
     taught, held_out = chat.hold_out(PAIRS)
-    lesson, _ = read_lesson(trained, data=str(cats), seq_len=32, batch_size=8)
+    lesson, _ = read_lesson(trained, data=str(cats))
     assert lesson.about.startswith(f"{len(taught)} instructions, {len(held_out)} held out")
     assert lesson.question == held_out[0][0]
     built_in, options = read_lesson(trained, data="stories:50")
     assert built_in.tasks == [*itertools.islice(stories.instructions(0, held_out=True), 300)]
     assert built_in.about.startswith("50 instructions, ") and options.minutes
-    assert built_in.retention_set.tokens > 10_000
     assert len(set(seeds)) == 100 and min(seeds) >= 10**9
     other, _ = read_lesson(trained, data="stories:50", seed=1)
     assert not torch.equal(other.get_batch(0)[0], built_in.get_batch(0)[0])
 
 
-def test_how_long_and_how_fast_it_trains_unless_told(trained, cats, tmp_path):
-    (tmp_path / "dogs.txt").write_text("The dog 7 sat on the rug. " * 400)
-    for source in (cats, tmp_path / "dogs.txt"):
-        lesson, options = read_lesson(trained, data=str(source), seq_len=32)
-        assert options.steps == 3 * lesson.per_epoch > 9 and options.minutes is None
-        assert options.warmup == min(20, options.steps // 10)
-    assert options.lr == finetune.RECIPE["lr"]
+def test_how_long_and_how_fast_it_trains_unless_told(trained, cats):
+    lesson, options = read_lesson(trained, data=str(cats))
+    assert options.steps == 3 * lesson.per_epoch == 24 and options.minutes is None
+    assert (options.lr, options.warmup) == (finetune.RECIPE["lr"], 2)
     cats.write_text(json.dumps(rows(PAIRS[:20])))
     _, options = read_lesson(trained, data=str(cats), full=True)
     assert (options.steps, options.warmup) == (6, 0)  # a few instructions are not all warm-up
     assert options.lr == finetune.FULL_RECIPE["lr"] != finetune.RECIPE["lr"]
-    told = dict(steps=5, warmup=4, lr=0.1, batch_size=2, grad_accum=2, schedule="step")
+    told = dict(steps=5, warmup=4, lr=0.1, batch_size=2, schedule="step")
     _, options = read_lesson(trained, data=str(cats), **told)
     assert told.items() <= vars(options).items() and options.beta2 == finetune.RECIPE["beta2"]
 
@@ -367,7 +340,6 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ("--data {tmp}/cats.csv", "must be stories, alpaca, a .json"),
         ("--data {tmp}/none.json", "none.json cannot be read"),
         ("--data {tmp}/empty.json", "questions: give at least 2"),
-        ("--data {tmp}/none.txt", "neither a file"),
         ("--data stories:0", "N from 1"),
         ("--data {tmp}/long.json", "0 have an answer and fit into 32 tokens"),
         ("--data stories", "need a context of"),
@@ -375,10 +347,7 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ("--data {cats} --rank 4", "--rank is called --lora_rank now"),
         ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
-        ("--data {cats} --dropout 1", "--dropout"),
         ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
-        ("--data {cats} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
-        ("--resume", "nothing to resume"),
         ("--resume --out {base}/.", "holds the base"),
     ],
 )
@@ -386,62 +355,45 @@ def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, mess
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "long.json").write_text(json.dumps(rows([("a " * 90, "b"), ("c " * 90, "d")])))
     line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
-    line += "" if "--ckpt" in line else f" --ckpt {trained}"
-    line += "" if "--out" in line else f" --out {tmp_path}/o"
     before = trained.read_bytes()
-    code, _, err = run(f"finetune {line}")
+    code, _, err = run(f"finetune --ckpt {trained} --out {tmp_path}/o {line}")
     assert code == 2 and trained.read_bytes() == before
-    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert message in err and err.count("\n") == 1
 
 
-def test_a_run_is_resumed_on_its_own_text_and_base_by_its_own_script(run, trained, cats, tmp_path):
+def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, cats, tmp_path):
     base, out = tmp_path / "base.pt", tmp_path / "o"
     shutil.copy(trained, base)
     line = f"finetune --ckpt {base} --data {cats} --steps 2 --batch_size 8 --out {out}"
     assert run(line)[0] == 0
     resume = f"finetune --resume --steps 3 --out {out}"
+
+    def refused(line, message):
+        code, _, err = run(line)
+        assert code == 2 and message in err
+
     held_out = chat.hold_out(PAIRS)[1]
     other = [(q, a + "!" if (q, a) in held_out else a) for q, a in PAIRS]
     for changed in (PAIRS[:-1], other):
         cats.write_text(json.dumps(rows(changed)))
-        code, _, err = run(resume)
-        assert code == 2 and "is not that of the run" in err
+        refused(resume, "is not that of the run")
     cats.write_text(json.dumps(rows(PAIRS)))
     state = checkpoint.load_checkpoint(trained)
     smaller = random_model(Config(**state["config"] | dict(intermediate_size=48)))
     state |= dict(model=smaller.state_dict(), config=vars(smaller.config))
     checkpoint.save_checkpoint(base, state)
-    code, _, err = run(resume)
-    assert code == 2 and "does not fit its base" in err
+    refused(resume, "does not fit its base")
     shutil.copy(trained, base)
-    code, _, err = run(f"train --resume --steps 3 --out {out}")
-    assert code == 2 and "is of a run of finetune.py" in err
+    refused(f"train --resume --steps 3 --out {out}", "is of a run of finetune.py")
     shutil.copytree(trained.parent, tmp_path / "pretrained")
-    code, _, err = run(f"finetune --resume --steps 3 --out {tmp_path}/pretrained")
-    assert code == 2 and "is of a run of train.py" in err
-    code, _, err = run(f"{resume} --lora_rank 3")
-    assert code == 2 and "--lora_rank 3 differs from the run's 16" in err
-    base.rename(tmp_path / "moved.pt")
+    refused(f"finetune --resume --out {tmp_path}/pretrained", "is of a run of train.py")
+    refused(f"{resume} --lora_rank 3", "--lora_rank 3 differs from the run's 16")
     cats.rename(tmp_path / "moved.json")
+    base.rename(tmp_path / "moved.pt")
     moved = f"--ckpt {tmp_path}/moved.pt --data {tmp_path}/moved.json"
     assert run(f"{resume} {moved}")[0] == 0
-
-
-def test_a_run_killed_before_its_score_is_scored_and_one_begun_anew_leaves_nothing_of_it(
-    run, trained, cats, tmp_path
-):
-    out = tmp_path / "o"
-    line = f"finetune --ckpt {trained} --data {cats} --steps 2 --batch_size 8 --out {out}"
-    assert run(line)[0] == 0
-    log = out / "log.jsonl"
-    *lines, summary = log.read_text().splitlines()
-    log.write_text("\n".join(lines) + "\n")
-    assert run(f"finetune --resume --out {out}")[0] == 0
-    assert log_of(out)[-1] == json.loads(summary)
-    code, said, _ = run(f"finetune --resume --out {out}")
-    assert code == 0 and "finished: 2 steps" in said
-    code, _, err = run(f"{line} --full")
-    assert code == 2 and "holds another run" in err
-    assert run(f"{line} --full --overwrite")[0] == 0
-    names = {path.name for path in out.iterdir()}
+    again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out}"
+    refused(again, "holds another run")
+    assert run(f"{again} --overwrite")[0] == 0
+    names = {path.name for path in out.iterdir()}  # and no adapter
     assert names == {"best.pt", "ckpt.pt", "log.jsonl", "curves.png", "run.lock"}
