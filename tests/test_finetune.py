@@ -17,6 +17,7 @@ from common.runtime import UsageError
 from deepseek import Config
 
 PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
+RUN_FILES = ["ckpt.pt", "log.jsonl", "curves.png", "run.lock"]
 
 
 def rows(pairs):
@@ -157,9 +158,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     line = f"finetune --ckpt {trained} --data {cats} {how} --steps 30 --lr 0.03 --warmup 2"
     code, text, err = run(f"{line} --batch_size 8 --dtype float32 --out {out}")
     assert code == 0 and "held out, nats/token" in text, err
-    kept = {"best.pt"} if full else {"adapter_model.safetensors", "adapter_config.json"}
-    files = {"ckpt.pt", "log.jsonl", "curves.png", "run.lock"}
-    assert {path.name for path in out.iterdir()} == kept | files
+    kept = ["best.pt"] if full else ["adapter_model.safetensors", "adapter_config.json"]
+    assert {path.name for path in out.iterdir()} == {*kept, *RUN_FILES}
     assert trained.read_bytes() == before
     header, *records, summary = log_of(out)
     assert [r["step"] for r in records] == list(range(1, 31))
@@ -178,6 +178,16 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     said = run(f"sample {place} {prompt}")[1]
     assert said != run(f"sample --ckpt {trained} {prompt}")[1]
     assert f"next: python sample.py {place} --chat" in text
+
+    best = (out / kept[0]).read_bytes()
+    state = checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False)
+    state["best_val_loss"] = 0.0  # as if no later step could be better
+    checkpoint.save_checkpoint(out / "ckpt.pt", state)
+    assert run(f"finetune --resume --steps 40 --out {out}")[0] == 0
+    assert (out / kept[0]).read_bytes() == best
+    *_, last, later = log_of(out)
+    assert later["val_loss_after"] == summary["val_loss_after"]
+    assert later["val_loss_after"] != pytest.approx(last["val_loss"], rel=1e-4)
     if full:
         return
     for adapters in (out, out / "ckpt.pt"):
@@ -214,24 +224,6 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert log_of(tmp_path / "parts")[-1] == json.loads(summary)
     _, said, _ = run(f"finetune --resume --out {tmp_path}/parts --log_level info")
     assert "finished: 12 steps" in said and log.read_text().splitlines()[-1] == summary
-
-
-@pytest.mark.parametrize("how", ["--lora_rank 2", "--full"])
-def test_where_the_loss_rises_again_the_earlier_best_stays(run, trained, cats, tmp_path, how):
-    line = f"finetune --ckpt {trained} --data {cats} --batch_size 8 --warmup 0 --dtype float32"
-    line += f" --schedule constant --eval_every 1 {how} --out {tmp_path}/o"
-    assert run(f"{line} --steps 4 --lr 0.01")[0] == 0
-    kept = tmp_path / "o" / ("best.pt" if how == "--full" else "adapter_model.safetensors")
-    before = kept.read_bytes()
-    state = checkpoint.load_checkpoint(tmp_path / "o" / "ckpt.pt", mmap=False)
-    state["best_val_loss"] = 0.0  # as if no later step could be better
-    checkpoint.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
-    assert run(f"finetune --resume --steps 6 --out {tmp_path}/o")[0] == 0
-    assert kept.read_bytes() == before
-    _, *records, summary = log_of(tmp_path / "o")
-    best = min(record["val_loss"] for record in records[:4])
-    assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
-    assert records[-1]["val_loss"] != pytest.approx(best, rel=1e-4)
 
 
 def test_raw_text_is_learned_with_the_models_own_tokenizer(run, trained, tmp_path):
@@ -288,28 +280,27 @@ def test_what_is_held_out_is_not_taught_and_plain_stories_are_new(trained, cats,
     seeds, tell = [], stories.tell
     monkeypatch.setattr(stories, "tell", lambda seed: seeds.append(seed) or tell(seed))
     taught, held_out = chat.hold_out(PAIRS)
-    lesson, _ = read_lesson(trained, data=str(cats))
+    lesson, options = read_lesson(trained, data=str(cats))
     assert lesson.about.startswith(f"{len(taught)} instructions, {len(held_out)} held out")
     assert lesson.question == held_out[0][0]
-    built_in, options = read_lesson(trained, data="stories:50")
-    assert built_in.tasks == [*itertools.islice(stories.instructions(0, held_out=True), 300)]
-    assert built_in.about.startswith("50 instructions, ") and options.minutes
-    assert len(set(seeds)) == 100 and min(seeds) >= 10**9
-    other, _ = read_lesson(trained, data="stories:50", seed=1)
-    assert not torch.equal(other.get_batch(0)[0], built_in.get_batch(0)[0])
-
-
-def test_how_long_and_how_fast_it_trains_unless_told(trained, cats):
-    lesson, options = read_lesson(trained, data=str(cats))
     assert options.steps == 3 * lesson.per_epoch == 24 and options.minutes is None
     assert (options.lr, options.warmup) == (finetune.RECIPE["lr"], 2)
+    lesson, options = read_lesson(trained, data="stories:50")
+    assert lesson.tasks == [*itertools.islice(stories.instructions(0, held_out=True), 300)]
+    assert lesson.about.startswith("50 instructions, ") and options.minutes
+    assert len(set(seeds)) == 100 and min(seeds) >= 10**9
+    other, _ = read_lesson(trained, data="stories:50", seed=1)
+    assert not torch.equal(other.get_batch(0)[0], lesson.get_batch(0)[0])
+
+
+def test_the_recipe_is_for_what_was_not_typed(trained, cats):
+    told = dict(steps=5, warmup=4, lr=0.1, batch_size=2, schedule="step")
+    _, options = read_lesson(trained, data=str(cats), **told)
+    assert told.items() <= vars(options).items() and options.beta2 == finetune.RECIPE["beta2"]
     cats.write_text(json.dumps(rows(PAIRS[:20])))
     _, options = read_lesson(trained, data=str(cats), full=True)
     assert (options.steps, options.warmup) == (6, 0)  # a few instructions are not all warm-up
     assert options.lr == finetune.FULL_RECIPE["lr"] != finetune.RECIPE["lr"]
-    told = dict(steps=5, warmup=4, lr=0.1, batch_size=2, schedule="step")
-    _, options = read_lesson(trained, data=str(cats), **told)
-    assert told.items() <= vars(options).items() and options.beta2 == finetune.RECIPE["beta2"]
 
 
 def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monkeypatch):
@@ -395,5 +386,4 @@ def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, 
     again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out}"
     refused(again, "holds another run")
     assert run(f"{again} --overwrite")[0] == 0
-    names = {path.name for path in out.iterdir()}  # and no adapter
-    assert names == {"best.pt", "ckpt.pt", "log.jsonl", "curves.png", "run.lock"}
+    assert {path.name for path in out.iterdir()} == {"best.pt", *RUN_FILES}  # and no adapter

@@ -212,7 +212,7 @@ def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
         "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "target_modules",
         "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     }  # fmt: skip
-    on = dict(init_lora_weights="pissa", lora_dropout=0.5)
+    on = dict(init_lora_weights="pissa", bias="all", lora_dropout=0.5)
     fields = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
     del fields["r"], fields["lora_alpha"]  # which are read, and count in the other tests
     for name, default in (fields | off).items():
