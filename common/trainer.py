@@ -135,6 +135,7 @@ def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str
             script = "finetune.py" if "ckpt" in stored else "train.py"
             raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
         stored |= {"out": options.out, "resume": True, "overwrite": False}
+        stored["fsdp"] = getattr(options, "fsdp", False)  # as the processes are now
         return resume_options(stored, options, typed), state
     if not options.overwrite:
         for name in RUN_FILES:
