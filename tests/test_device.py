@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import GROUPS, MODEL, YARN, log_of, oracle, random_model, small
 
-import train
 from common import runtime
+from common.runtime import UsageError
 from deepseek import DeepSeek, Experts
-from train import UsageError
 
 EVERYTHING = GROUPS | YARN | dict(q_lora_rank=28)
-TRAINING = dict(token_drop_capacity=1.0, bias_update_speed=0.01, comm_loss_alpha=0.02)
+TRAINING = dict(token_drop_capacity=1.0, comm_loss_alpha=0.02)
 IDS = torch.arange(60).view(2, 30) % 96
 
 
@@ -78,7 +77,7 @@ def test_a_card_in_use_by_others_is_a_sentence(cards, monkeypatch):
 def test_processes_meet_by_the_means_of_their_device(monkeypatch):
     asked = []
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda *a, **k: asked.append((a, k)))
     runtime.init_distributed(torch.device("cuda:1"))
     runtime.init_distributed(torch.device("cpu"))
     (nccl, card), (gloo, none) = asked
@@ -141,7 +140,6 @@ def test_a_training_step_waits_for_nothing(on_meta, overrides):
         (out.loss + out.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.update_bias(out.expert_load)
 
 
 @pytest.mark.parametrize("overrides", [{}, EVERYTHING])

@@ -11,157 +11,157 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, log_of
 
-GROUPS = "--topk_method group_limited_greedy --n_group 2 --topk_group 1 --comm_loss_alpha 0.05"
-TRAIN = f"train.py {MODEL} {GROUPS} --save_every 4 --lr 1e-3 --log_level quiet"
+import finetune
+import train
+from common import trainer
 
-
-@pytest.fixture
-def start(tmp_path, corpus):
-    """start(processes, "train.py ...") -> the running command; its folder is the working one."""
-    started = []
-
-    def start(processes, line):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        script, *arguments = line.format(corpus=corpus).split()
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script)]
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-@pytest.fixture
-def together(start):
-    """together(processes, "train.py ...") runs it to its end."""
-
-    def together(processes, line):
-        process = start(processes, line)
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
-        return out
-
-    return together
-
-
-def weights(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
-
-
-def difference(a, b):
-    """The largest of two checkpoints' weights, relative to the largest weight of each tensor."""
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    return max(((a[k] - b[k]).abs().max() / a[k].abs().max()).item() for k in a)
-
-
+TRAIN = (
+    f"train {MODEL} --topk_method group_limited_greedy --n_group 2 --topk_group 1"
+    " --comm_loss_alpha 0.05 --lr 1e-3 --schedule constant --warmup 0 --log_level quiet"
+)
 # Many of 16 experts are idle in a batch of 4 x 8 tokens.
-@pytest.mark.parametrize(
-    "extra, engines",
-    [("", ("", "--fsdp")), ("--grad_accum 2 --n_routed_experts 16 --seq_len 8", ("",))],
-)
-def test_two_processes_train_to_the_weights_and_the_log_of_one(together, tmp_path, extra, engines):
-    line = f"{TRAIN} --data {{corpus}} --steps 10 {extra}"
-    together(1, line + " --out one")
-    one = log_of(tmp_path / "one")
-    for engine in engines:
-        folder = tmp_path / f"two{engine}"
-        together(2, f"{line} {engine} --out {folder}")
-        assert difference(tmp_path / "one", folder) < 1e-5
-        two = log_of(folder)
-        assert [r["step"] for r in two[1:]] == list(range(1, 11))
-        for a, b in zip(one[1:], two[1:], strict=True):
-            assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
-            for name in ("loss", "aux_loss", "grad_norm", "expert_load_max", "val_loss"):
-                assert name not in a or b[name] == pytest.approx(a[name], rel=1e-4), name
-        assert one[-1]["expert_load"] == two[-1]["expert_load"]
+IDLE = "--grad_accum 2 --n_routed_experts 16 --seq_len 8"
+# (instructions, flags): the last batch of an epoch is not full, and has not as many tokens in each
+# process, or none in some pieces
+TUNE = {"odd": (19, "--batch_size 4"), "few": (25, "--batch_size 8 --grad_accum 4")}
+# Several runs in one start, as a start takes longer than a run. The last ends as scripts do.
+SEVERAL = """
+import json, sys, finetune, train
+from common import trainer
+from common.runtime import run_script
+trainer.draw_curves = lambda *_: None  # which takes a second
+lines = json.loads(sys.argv[1])
+for number, line in enumerate(lines, 1):
+    name, *arguments = line.split()
+    sys.argv = [f"{name}.py", *arguments]
+    main = {"train": train, "finetune": finetune}[name].main
+    run_script(main) if number == len(lines) else main()
+"""
 
 
-def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
-    line = f"{TRAIN} --data {{corpus}} --schedule constant --warmup 0"
-    together(1, f"{line} --steps 8 --out straight")
-    for i, (first, second) in enumerate([("2 --fsdp", "1"), ("1", "2 --fsdp"), ("2", "1")]):
-        halves = tmp_path / f"halves{i}"
-        for part, more in ((first, f"{line} --steps 4"), (second, "train.py --resume --steps 8")):
-            processes, _, fsdp = part.partition(" ")
-            together(int(processes), f"{more} {fsdp} --out {halves} --log_level quiet")
-        assert difference(tmp_path / "straight", halves) < 1e-5, (first, second)
+def torchrun(folder, script, *arguments):
+    """Two processes, begun; their working folder is this one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*launcher, str(script), *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_two_processes_fine_tune_to_the_adapter_of_one(together, tmp_path, trained):
-    for processes, out in ((1, "one"), (2, "two")):
-        line = f"finetune.py --ckpt {trained} --data {{corpus}} --steps 6 --batch_size 4"
-        together(processes, f"{line} --log_level quiet --dtype float32 --lr 1e-3 --out {out}")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus, trained):
+    """The folder of all runs, by one process and by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole, half = (f"{TRAIN} --data {corpus} --steps {steps}" for steps in (8, 4))
+    again = "train --resume --steps 8 --log_level quiet"
+    tuned = []
+    for name, (rows, how) in TUNE.items():
+        said = [dict(instruction=f"Say {n}", output="cat " * (n % 3 + 1)) for n in range(rows)]
+        (folder / f"{name}.json").write_text(json.dumps(said))
+        how += " --steps 9 --lr 1e-3 --dtype float32 --log_level quiet"
+        tuned.append(f"finetune --ckpt {trained} --data {name}.json {how} --out {name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(trainer, "draw_curves", lambda *_: None)
+        patch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+        def alone(*lines):
+            for line in lines:
+                name, *arguments = line.split()
+                patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+                {"train": train, "finetune": finetune}[name].main()
+
+        alone(f"{whole} --out one", f"{whole} {IDLE} --out idle", f"{half} --out one_fsdp", *tuned)
+        together = [
+            f"{whole} --out two",
+            f"{whole} --out fsdp --fsdp",
+            f"{whole} {IDLE} --out idle2",
+            f"{again} --out one_fsdp --fsdp",
+            f"{half} --out two_one",
+            f"{half} --out fsdp_one --fsdp",
+            *(f"{line}2" for line in tuned),
+            f"{whole} --out refused --batch_size 5 --grad_accum 1",
+        ]
+        (folder / "several.py").write_text(SEVERAL)
+        process = torchrun(folder, folder / "several.py", json.dumps(together))
+        _, err = process.communicate(timeout=300)
+        assert process.returncode != 0  # the last is refused
+        alone(f"{again} --out two_one", f"{again} --out fsdp_one")
+    (folder / "said").write_text(err)
+    return folder
+
+
+def check_same(a, b, weights_within=1e-5):
+    """The same losses, expert load and weights, these relative to the largest of a tensor."""
+    one, two = log_of(a)[1:], log_of(b)[1:]
+    assert len(one) == len(two) >= 8
+    for x, y in zip(one, two, strict=True):
+        assert x.keys() == y.keys() and x.get("tokens") == y.get("tokens")
+        for name in x.keys() - {"tok_per_s"}:
+            close = y[name] if name == "expert_load" else pytest.approx(y[name], rel=1e-4)
+            assert x[name] == close, (name, x, y)
+    one, two = (torch.load(f / "ckpt.pt", weights_only=True)["model"] for f in (a, b))
+    assert one.keys() == two.keys()
+    for name in one:
+        difference = (one[name] - two[name]).abs().max() / one[name].abs().max()
+        assert difference < weights_within, name
+
+
+@pytest.mark.parametrize("one, two", [("one", "two"), ("one", "fsdp"), ("idle", "idle2")])
+def test_two_processes_train_to_the_weights_and_the_log_of_one(runs, one, two):
+    check_same(runs / one, runs / two)
+    last = log_of(runs / one)[-1]
+    assert last.keys() > {"communication_balance", "grad_norm", "val_loss", "expert_load"}
+
+
+@pytest.mark.parametrize("halves", ["fsdp_one", "one_fsdp", "two_one"])
+def test_a_run_goes_on_with_another_number_of_processes(runs, halves):
+    check_same(runs / "one", runs / halves)
+
+
+@pytest.mark.parametrize("name", TUNE)
+def test_two_processes_fine_tune_to_the_adapter_of_one(runs, name):
     # B starts at zero, so its first steps are Adam's: the sign of a gradient, however small
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
-    one, two = (log_of(tmp_path / out)[-1] for out in ("one", "two"))
-    assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], rel=1e-5)
+    check_same(runs / name, runs / f"{name}2", weights_within=1e-3)
+    assert "val_loss_after" in log_of(runs / name)[-1]
 
 
-@pytest.mark.parametrize(
-    "rows, batch", [(19, "--batch_size 4"), (25, "--batch_size 8 --grad_accum 4")]
-)
-def test_two_processes_tell_the_same_of_a_last_batch_that_is_not_full(
-    together, tmp_path, trained, rows, batch
-):
-    said = [{"instruction": f"Say {n}", "output": f"cat {n} " * (n % 3 + 1)} for n in range(rows)]
-    (tmp_path / "rows.json").write_text(json.dumps(said))
-    for processes, out in ((1, "one"), (2, "two")):
-        line = f"finetune.py --ckpt {trained} --data rows.json --steps 9 {batch} --lr 1e-3"
-        together(processes, f"{line} --log_level quiet --dtype float32 --out {out}")
-    one, two = (log_of(tmp_path / out) for out in ("one", "two"))
-    for a, b in zip(one[1:-1], two[1:-1], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
-    assert two[-1]["val_loss_after"] == pytest.approx(one[-1]["val_loss_after"], rel=1e-4)
-
-
-def workers(process):
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
-
-
-def wait_for_lines(process, log, lines):
-    while not (log.exists() and len(log.read_text().splitlines()) > lines):
-        assert process.poll() is None
-        time.sleep(0.2)
-
-
-def test_ctrl_c_in_one_process_stops_all_after_the_same_step(start, tmp_path):
-    loud = TRAIN.replace("--log_level quiet", "")
-    process = start(2, f"{loud} --data {{corpus}} --minutes 60 --eval_every 5 --out out")
-    wait_for_lines(process, tmp_path / "out" / "log.jsonl", 25)  # the number of steps is agreed on
-    os.kill(workers(process)[-1], signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert out.count("stopped after step") == 1 and out.count("vocabulary") == 1  # said once
-    assert (tmp_path / "out" / "ckpt.pt").exists()
-
-
-def test_a_process_that_dies_ends_all_with_a_message(start, tmp_path):
-    process = start(2, f"{TRAIN} --data {{corpus}} --steps 100000 --out out")
-    wait_for_lines(process, tmp_path / "out" / "log.jsonl", 4)
-    os.kill(workers(process)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "exitcode" in err and "-9" in err
-    assert (tmp_path / "out" / "ckpt.pt").exists()
-
-
-def test_what_cannot_be_shared_out_is_a_sentence(run, start, corpus, tmp_path):
+def test_what_cannot_be_shared_out_is_a_sentence(runs, run, corpus, tmp_path):
     code, _, err = run(f"train --data {corpus} --fsdp --out {tmp_path / 'x'}")
     assert code == 2 and "start them with torchrun" in err
-    code, _, err = run(f"train --data {corpus} --low_memory --bias_update_speed 1 --out x")
-    assert code == 2 and "without --bias_update_speed" in err
-    process = start(2, f"{TRAIN} --data {{corpus}} --batch_size 5 --grad_accum 1 --out y")
-    _, err = process.communicate(timeout=100)
-    assert process.returncode != 0
+    err = (runs / "said").read_text()
     assert "train.py: --batch_size 5 must be a multiple of --grad_accum 1 times the 2" in err
+
+
+def signalled(folder, corpus, flags, lines, which):
+    """train.py in two processes, of which one gets a signal after so many lines of the log."""
+    line = f"{TRAIN} --data {corpus} --out out {flags}"
+    process, log = torchrun(folder, ROOT / "train.py", *line.split()[1:]), folder / "out/log.jsonl"
+    try:
+        while not (log.exists() and len(log.read_text().splitlines()) > lines):
+            assert process.poll() is None
+            time.sleep(0.1)
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[-1]), which)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (folder / "out" / "ckpt.pt").exists()
+    return process.returncode, out, err
+
+
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step(corpus, tmp_path):
+    flags = "--minutes 60 --eval_every 5 --log_level info"  # the number of steps is agreed on
+    code, out, err = signalled(tmp_path, corpus, flags, 25, signal.SIGINT)
+    assert code == 0, err
+    assert out.count("stopped after step") == 1 and out.count("vocabulary") == 1  # said once
+
+
+def test_a_process_that_dies_ends_all_with_a_message(corpus, tmp_path):
+    flags = "--steps 100000 --save_every 2"
+    code, _, err = signalled(tmp_path, corpus, flags, 4, signal.SIGKILL)
+    assert code != 0 and "exitcode" in err and "-9" in err
