@@ -210,8 +210,8 @@ def judge(speaker: Speaker, prompt: list[int]) -> None:
     valid, mistakes, places = 0, Counter(), []
     while left:
         rows = min(left, 50)
-        tokens = torch.stack(list(speaker.stream([prompt] * rows)), 1).tolist()
-        for row in tokens:
+        tokens = list(speaker.stream([prompt] * rows))  # none with --max_new_tokens 0
+        for row in torch.stack(tokens, 1).tolist() if tokens else [[]] * rows:
             text = (speaker.options.prompt or "") + speaker.tokenizer.decode(row)
             try:
                 stories.parse(text)
