@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 import finetune  # noqa: E402
 import train  # noqa: E402
-from common import runtime
+from common import runtime, trainer  # noqa: E402
 
 
 def die(*_, **__):
@@ -39,7 +39,8 @@ def half_a_file(state, file):
 def arm(name: str, n: int) -> None:
     """Let the n-th call of a function end the process."""
     module, _, name_there = name.partition(".")
-    modules = {"os": [os], "torch": [torch], "train": [train, finetune]}[module]
+    # what one of these modules has of another is there under its own name
+    modules = {"os": [os], "torch": [torch], "trainer": [trainer, train, finetune]}[module]
     function, calls = getattr(modules[0], name_there), []
 
     def counting(*args, **kwargs):
@@ -47,7 +48,7 @@ def arm(name: str, n: int) -> None:
         last = half_a_file if name == "torch.save" else die
         return (last if len(calls) == n else function)(*args, **kwargs)
 
-    for module in modules:  # finetune has some of train's functions under its own name
+    for module in modules:
         if hasattr(module, name_there):
             setattr(module, name_there, counting)
 
