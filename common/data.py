@@ -12,6 +12,7 @@ Prepared tokens lie in ~/.cache/deepseek-py (or $DEEPSEEK_CACHE); a text is prep
 from __future__ import annotations
 
 import array
+import codecs
 import hashlib
 import itertools
 import json
@@ -37,7 +38,7 @@ from common.runtime import UsageError
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
 FORMAT = 3  # of the prepared files; another number means: prepare again
-LONGEST = 2**24  # characters of a document; a longer one is cut
+LONGEST = 2**21  # characters of a document; a longer one is cut: to tokenise one takes 200 bytes
 TOKENIZER_TEXT = 100 * 2**20  # characters that the tokenizer learns from, spread over the corpus
 IGNORE = -100  # a target that counts nothing
 
@@ -58,7 +59,7 @@ def find_corpus(source: str, cache: Path) -> list[Path]:
         return [download(*HUB[source])]
     path = Path(source)
     if path.is_dir():
-        if not (files := sorted(path.rglob("*.txt"))):
+        if not (files := sorted(f for f in path.rglob("*.txt") if f.is_file())):
             raise UsageError(f"folder {source} holds no .txt file: put the texts there")
         return files
     if not path.is_file():
@@ -141,16 +142,18 @@ def download(repo: str, name: str) -> Path:
         ) from error
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file. Raises UsageError for a wrong byte, with its position."""
-    position = 0
+def read_lines(path: Path, longest: int = -1) -> Iterator[str]:
+    """The lines of a UTF-8 file, those of more than `longest` bytes in pieces. Raises UsageError
+    for a wrong byte, with its position."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with open(path, "rb") as file:
-            for line in file:
-                if not position:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
-                yield line.decode()
-                position = file.tell()
+            while line := file.readline(longest):
+                text = decoder.decode(line)
+                # a byte order mark is no text
+                yield text if position else text.removeprefix("\ufeff")
+                position = file.tell() - len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         at = position + error.start
         raise UsageError(f"{path} is not UTF-8 text: byte {at} is wrong; convert it") from error
@@ -166,19 +169,26 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def txt_documents(path: Path) -> Iterator[str]:
-    """One that is longer than LONGEST is cut: at a blank line, or else at the end of a line."""
+    """One that is longer than LONGEST is cut: at a blank line, or else at about twice its length,
+    at the end of a line where there is one."""
     lines: list[str] = []
     size = 0
-    for line in read_lines(path):
+    for line in read_lines(path, LONGEST):
+        if lines and not lines[-1].endswith("\n"):  # so this is more of a very long line
+            size -= len(lines[-1])
+            line = lines.pop() + line
         *complete, rest = line.split(SEPARATOR)
         for text in complete:
             yield "".join([*lines, text])
             lines, size = [], 0
         lines.append(rest)
         size += len(rest)
-        if size > LONGEST and (not rest.strip() or size > 2 * LONGEST):
-            yield "".join(lines)
-            lines, size = [], 0
+        if size > 2 * LONGEST or (size > LONGEST and not rest.strip()):
+            text = "".join(lines)
+            # at the end of a piece of a line a separator may have begun
+            end = len(text) if rest.endswith("\n") else len(text) - len(SEPARATOR)
+            yield text[:end]
+            lines, size = [text[end:]], len(text) - end
     yield "".join(lines)
 
 
