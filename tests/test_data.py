@@ -2,6 +2,7 @@
 
 import shutil
 import tracemalloc
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -54,18 +55,15 @@ def test_any_unicode_string_survives_the_tokenizer(tokenizer, text):
 
 
 def test_special_tokens_in_a_text_stay_text(tokenizer):
-    assert [tokenizer.token_to_id(token) for token in (BOS, EOS)] == [0, 1]
-    assert data.token_bytes(tokenizer)[:2].tolist() == [0, 0]
     for one in (tokenizer, data.load_tokenizer(tokenizer.to_str())):
         assert not {0, 1} & set(one.encode(f"{BOS}User: {EOS}").ids)
+        assert data.encode_with_bos(one, EOS)[0] == one.token_to_id(BOS) == 0
 
 
 def test_a_tokenizer_spells_numbers_and_learns_from_what_will_be_said_too():
     tokenizer = data.train_tokenizer(["2024 2024 2024 2024"], 5000, also=["User:\n\nAssistant:"])
     assert tokenizer.get_vocab_size() < 400  # there is no more to learn
     assert len(tokenizer.encode("Assistant: ").ids) < 6 and len(tokenizer.encode("2024").ids) == 4
-    with pytest.raises(UsageError, match="vocab_size = 257 must be at least 258"):
-        data.train_tokenizer(["ab"], 257)
 
 
 def test_byte_order_marks_outer_blanks_and_empty_documents_are_no_text(tmp_path):
@@ -77,13 +75,12 @@ def test_byte_order_marks_outer_blanks_and_empty_documents_are_no_text(tmp_path)
 
 
 def test_every_text_file_of_a_folder_is_read(tmp_path):
-    for folder in ("below", "folder.txt"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "folder.txt").mkdir()
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    for name in ("a.txt", "below/b.txt", "c.txt", "d.md"):
+    for name in ("a.txt", "folder.txt/b.txt", "d.md"):
         (tmp_path / name).write_text(name)
     files = data.find_corpus(str(tmp_path), tmp_path)
-    assert list(data.read_documents(files)) == ["a.txt", "below/b.txt", "c.txt"]
+    assert list(data.read_documents(files)) == ["a.txt", "folder.txt/b.txt"]
 
 
 def test_separators_are_found_wherever_they_stand(tmp_path, monkeypatch):
@@ -128,6 +125,7 @@ def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch, toke
         ("a.jsonl", b'{"text": "a"}\n\nnonsense', "line 3 is not"),
         ("a.jsonl", b'{"text": 5}', "line 1 is not"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1 holds half a surrogate pair"),
+        ("vocab_size.txt", b"a", "vocab_size = 257 must be at least 258"),
         ("a.csv", b"a", "must end in .txt or .jsonl"),
         ("a.txt", None, "is neither a file"),
     ],
@@ -136,19 +134,15 @@ def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, mess
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        data.prepare(str(tmp_path / name), 300, tmp_path / "cache")
+        data.prepare(str(tmp_path / name), 257, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_corpus_of_the_hub_is_prepared_like_a_file(corpus, tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+def test_without_a_network_the_way_out_is_said(tmp_path, monkeypatch):
+    offline = huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=offline))
     with pytest.raises(UsageError, match="TinyStoriesV2-GPT4-train.txt elsewhere .* --data"):
         data.prepare("tinystories", 300, tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(corpus))
-    assert len(sum(parts_of(data.prepare("tinystories", 400, tmp_path / "cache")), [])) == 300
 
 
 def test_a_twenty_fifth_is_held_out_and_stands_nowhere_in_the_training_text():
@@ -231,26 +225,20 @@ def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path
     assert len({ready.folder for ready in [first, *other]}) == 1 + len(other)
 
 
-def test_two_processes_may_prepare_at_once(corpus, tmp_path, monkeypatch):
+def test_the_cache_holds_whole_preparations_only(corpus, tmp_path, monkeypatch):
     def late(source, target):  # somebody else was faster
         shutil.copytree(source, target)
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(data.os, "rename", late)
-    ready = data.prepare(str(corpus), 400, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == [ready.folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "rename", late)
+        ready = data.prepare(str(corpus), 400, tmp_path / "cache")
     assert sorted(sum(parts_of(ready), [])) == sorted(TEXTS)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_preparation_that_breaks_off_leaves_nothing(corpus, tmp_path, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(data.np, "save", fail)
-    with pytest.raises((KeyboardInterrupt, UsageError), match="No space .* make room|^$"):
-        data.prepare(str(corpus), 400, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        monkeypatch.setattr(data.np, "save", Mock(side_effect=error))
+        with pytest.raises((KeyboardInterrupt, UsageError), match="No space .* make room|^$"):
+            data.prepare(str(corpus), 401, tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) == [ready.folder]
 
 
 def test_an_unwritable_cache_falls_back(tmp_path, monkeypatch):
@@ -258,8 +246,6 @@ def test_an_unwritable_cache_falls_back(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert data.cache_folder(tmp_path / "out") == tmp_path / "out" / "cache"
-    with pytest.raises(UsageError, match="below cannot be written .*: make room, or set DEEPSEEK"):
-        data.prepare("stories:100", 300, tmp_path / "file" / "below")
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "mine"))
     assert data.cache_folder(tmp_path / "out") == tmp_path / "mine"
 
