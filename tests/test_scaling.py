@@ -21,9 +21,9 @@ def test_mha_is_softmax_attention_over_rotated_heads_and_starts_as_a_copy():
     config = small()
     mha = scaling.MHA(config, 16)
     theirs = nn.MultiheadAttention(48, 3, bias=False, batch_first=True)
-    layers = (mha.q_proj, mha.k_proj, mha.v_proj)
-    theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
-    theirs.out_proj.weight.copy_(mha.o_proj.weight)
+    q, k, v, o = (p.weight for p in (mha.q_proj, mha.k_proj, mha.v_proj, mha.o_proj))
+    theirs.in_proj_weight.copy_(torch.cat([q, k, v]))
+    theirs.out_proj.weight.copy_(o)
     x, still = torch.randn(2, 7, 48), torch.zeros(1, 7, dtype=torch.long)
     context = attention_context(config, still, None, None)
     expected = theirs(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool).triu(1))[0]
@@ -59,36 +59,44 @@ def test_the_models_are_equal_in_what_they_are_called_after():
     assert total["tiny"] == DeepSeek(TINY).num_parameters()[0]
 
 
-def test_the_study_runs_goes_on_and_draws(run, tmp_path, monkeypatch):
+def test_the_study_goes_on_and_draws(run, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "EVALUATIONS", 3)
-    flags = f"--tokens 2048 --seeds 1 --data stories:100 --out {tmp_path}"
     step = trainer.Trainer.train_step
+
+    def study(only, tokens=2048):
+        flags = f"--tokens {tokens} --seeds 1 --data stories:100 --out {tmp_path}"
+        code, out, err = run(f"scaling --only {only} {flags}")
+        return code, out.count("nats per token after"), err
 
     def pressed(self, *batch):
         self.stop_requested = self.step == 1
         return step(self, *batch)
 
-    with monkeypatch.context() as patch:  # what Ctrl-C cut short is not counted
-        patch.setattr(trainer.Trainer, "train_step", pressed)
-        code, _, err = run(f"scaling --only tiny/4,mha-cache {flags}")
-    assert code == 130 and "interrupted" in err and not (tmp_path / "scaling.jsonl").exists()
-    assert not (tmp_path / "mha-cache-0").exists()  # nor does the next one begin
-    for only, new in (("tiny/4", 1), ("tiny/4,mha-cache", 1), ("dense-active,mha-cache", 1)):
-        code, out, err = run(f"scaling --only {only} {flags}")
-        assert code == 0 and out.count("nats per token after") == new, err
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "draw_curves", lambda *_: None)
+        patch.setattr(scaling, "draw", lambda *_: None)
+        with patch.context() as keys:  # what Ctrl-C cut short is not counted
+            keys.setattr(trainer.Trainer, "train_step", pressed)
+            assert study("tiny/4,mha-cache") == (130, 0, "scaling.py: interrupted\n")
+        assert not (tmp_path / "scaling.jsonl").exists()
+        assert not (tmp_path / "mha-cache-0").exists()  # nor does the next one begin
+        assert study("tiny/4")[:2] == (0, 1)
+        assert study("tiny/4,mha-cache")[:2] == (0, 1)
+        assert study("tiny/4", 16384)[:2] == (0, 1)  # another study, kept in the same file
+        assert study("tiny/4,mha-cache")[:2] == (0, 0)
+    assert study("dense-active")[:2] == (0, 1)
     records = [json.loads(li) for li in (tmp_path / "scaling.jsonl").read_text().splitlines()]
-    assert [r["tokens"] for r in records] == [2048 * n for n in range(1, 4)] * 3
+    assert [r["tokens"] for r in records] == [n * 2048 for n in (2, 4, 6, *[1, 2, 3] * 3)]
     assert all(r["val_loss"] > r["floor"] and r["flops"] > 6 * r["active"] for r in records)
     for picture in ("sizes.png", "ideas.png", "dense-active-0/curves.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
-    # another budget is another study, kept in the same file
-    code, out, _ = run(f"scaling --only tiny/4 {flags} --tokens 16384")
-    assert code == 0 and out.count("nats per token after") == 1
-    assert len((tmp_path / "scaling.jsonl").read_text().splitlines()) == 4 * 3
-    assert "nats per token after" not in run(f"scaling --only tiny/4,mha-cache {flags}")[1]
 
 
-def test_other_models_and_data_are_refused(run):
-    for flags, message in (("--only big", "'big' is no model"), ("--data my.txt", "stories:N")):
-        code, _, err = run(f"scaling {flags}")
+def test_what_is_not_there_is_refused(run):
+    for line, message in (
+        ("scaling --only big", "--only 'big' is no model: choose from tiny/4,tiny/2"),
+        ("scaling --data my.txt", "must be stories or stories:N"),
+        ("speed --only speed", "--only 'speed' is no part: choose from peak,train"),
+    ):
+        code, _, err = run(line)
         assert code == 2 and message in err

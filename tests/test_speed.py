@@ -29,9 +29,8 @@ def test_a_ratio_says_how_many_times_as_fast():
 
 
 @pytest.mark.parametrize("equal", ["total", "active"])
-@pytest.mark.parametrize("size", ["tiny", "1b"])
-def test_the_dense_twin_has_as_many_parameters_and_no_experts(size, equal):
-    config = Config.preset(size)
+def test_the_dense_twin_has_as_many_parameters_and_no_experts(equal):
+    config = Config.preset("1b")
     dense = speed.dense_twin(config, equal)
     with torch.device("meta"):
         wanted = DeepSeek(config).num_parameters()[equal == "active"]
@@ -92,9 +91,3 @@ def test_every_part_runs(run):
     parts = ",".join(part for part in speed.PARTS if part not in ("compile", "memory"))
     code, out, _ = run(f"speed --only {parts} --device cpu --rounds 1")
     assert code == 0 and "transformers" in out and "V2-Lite layer absorbed, 8192" in out
-
-
-def test_a_wrong_part_is_a_sentence(run):
-    code, _, err = run("speed --only speed")
-    assert code == 2
-    assert err.strip().startswith("speed.py: --only 'speed' is no part: choose from peak,train")
