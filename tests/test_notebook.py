@@ -1,7 +1,10 @@
 """walkthrough.ipynb: it runs, its exercises can be solved, and it is committed as it ran."""
 
-import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -9,77 +12,59 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 PATH = ROOT / "walkthrough.ipynb"
+NOTEBOOK = nbformat.read(PATH, 4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 
 
-@pytest.fixture
-def notebook():
-    return nbformat.read(PATH, 4)
-
-
-def texts(cell):
+def shown(cell):
     """What a cell has shown, without its pictures."""
-    for output in cell.get("outputs", []):
-        yield output.get("text", "")
-        yield from (v for k, v in output.get("data", {}).items() if not k.startswith("image/"))
+    data = [{"text/plain": o.get("text", ""), **o.get("data", {})} for o in cell.outputs]
+    return "".join(v for d in data for k, v in d.items() if not k.startswith("image/")).strip()
 
 
-def solved(notebook):
-    """The notebook with every exercise answered by the solution folded below it."""
-    for cell, below in zip(notebook.cells, notebook.cells[1:], strict=False):
-        if cell.metadata.get("exercise"):
-            solution = re.search(r"```python\n(.*?)\n```", below.source, re.DOTALL).group(1)
-            assert cell.source.count("answer = None") == 1
-            cell.source = cell.source.replace("answer = None", solution)
-    return notebook
-
-
-def test_it_runs_from_top_to_bottom_and_its_solutions_are_right(notebook, monkeypatch):
+def test_it_runs_from_top_to_bottom_and_its_solutions_are_right(monkeypatch):
     monkeypatch.setenv("WALKTHROUGH_FAST", "1")
-    notebook = solved(notebook)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
-    client.execute()  # raises for the first cell that does
-    verdicts = ["".join(texts(c)).strip() for c in notebook.cells if c.metadata.get("exercise")]
+    notebook = nbformat.from_dict(NOTEBOOK)
+    for cell, below in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.metadata.get("exercise"):  # the solution is folded below it
+            solution = re.search(r"```python\n(.*?)\n```", below.source, re.DOTALL).group(1)
+            cell.source = cell.source.replace("answer = None", solution)
+    tried = "check(None, 1.0); check(2.0, 1.0); check(torch.ones(1), 1.0)"
+    notebook.cells.append(nbformat.v4.new_code_cell(tried))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    verdicts = [shown(cell) for cell in notebook.cells if cell.metadata.get("exercise")]
     assert len(verdicts) >= 10 and set(verdicts) == {"right"}
+    assert shown(notebook.cells[-1]).splitlines() == ["not solved yet", "not right yet", "right"]
 
 
-def test_an_exercise_without_an_answer_and_one_with_a_wrong_answer_are_told(notebook):
-    source = next(c.source for c in notebook.cells if "def check(" in c.source)
-    check = source[source.index("def check(") : source.index("def bars(")]
-    namespace = {}
-    exec(f"import torch\n{check}", namespace)
-    said = []
-    namespace["print"] = said.append
-    for answer in (None, 2.0, 1.0):
-        namespace["check"](answer, 1.0)
-    assert said == ["not solved yet", "not right yet", "right"]
+def test_it_is_committed_as_it_ran_in_one_go_and_tells_no_paths_of_the_machine():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 14
+    assert {shown(cell) for cell in CODE if cell.metadata.get("exercise")} == {"not solved yet"}
+    everything = "".join(c.source for c in NOTEBOOK.cells) + "".join(map(shown, CODE))
+    assert not re.findall(r"(?<![\w<:/.)])/[\w.-]+/[\w.-]+|\b[A-Z]:\\", everything)  # any system's
+    assert PATH.stat().st_size <= 3 * 2**20
 
 
-def test_it_is_committed_with_its_outputs(notebook):
-    drawn = 0
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        assert cell.execution_count, f"never ran: {cell.source[:80]}"
-        assert not [o for o in cell.outputs if o.output_type == "error"]
-        drawn += sum("image/png" in o.get("data", {}) for o in cell.outputs)
-        if cell.metadata.get("exercise"):
-            assert "".join(texts(cell)).strip() == "not solved yet"
-    assert drawn >= 14
-    counts = [c.execution_count for c in notebook.cells if c.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1))  # in one go
-
-
-def test_it_is_small_and_tells_no_paths_of_the_machine_it_ran_on(notebook):
-    assert os.path.getsize(PATH) <= 3 * 2**20
-    everything = "".join(c.source + "".join(texts(c)) for c in notebook.cells)
-    found = re.findall(r"(?<![\w<:/.)])/[\w.-]+/[\w.-]+|\b[A-Z]:\\", everything)
-    assert not found  # absolute paths, of whatever system
-
-
-def test_its_first_cell_says_what_is_missing(notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["clone", "zip"])
+def test_its_first_cell_gets_the_project(way, tmp_path, tmp_path_factory, monkeypatch):
+    project = tmp_path_factory.mktemp("project")
     monkeypatch.chdir(tmp_path)
-    first = next(c for c in notebook.cells if c.cell_type == "code")
-    with pytest.raises(
-        AssertionError, match="deepseek.py, stories.py, data.py, train.py not found"
-    ):
-        exec(first.source, {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(AssertionError, match="set REPOSITORY .* or upload a zip"):
+        exec(CODE[0].source, {})
+    (project / "deepseek.py").write_text("")
+    source = CODE[0].source
+    if way == "clone":
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "files"]):
+            subprocess.run(["git", "-C", project, *command], check=True)
+        source = source.replace('REPOSITORY = ""', f"REPOSITORY = {project.as_uri()!r}")
+    else:  # a folder with all in it, as GitHub makes them
+        shutil.make_archive(tmp_path / "main", "zip", project.parent, project.name)
+    for _ in range(2):  # and again, as after a restart of the kernel
+        monkeypatch.chdir(tmp_path)
+        exec(source, {})
+        assert Path("deepseek.py").exists() and sys.path[0] == str(Path.cwd())
