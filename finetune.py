@@ -287,6 +287,14 @@ def with_steps(options: Options, lesson: FinetuneData) -> Options:
     return replace(options, steps=steps, minutes=minutes, warmup=warmup)
 
 
+def fingerprint(model: DeepSeek) -> str:
+    """A hash of a few numbers of each tensor, by which a resumed run knows its base."""
+    some = hashlib.blake2b()
+    for tensor in model.state_dict().values():
+        some.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return some.hexdigest()
+
+
 def save_best(trainer: Trainer) -> None:
     """Write down what has done best so far on what is held out."""
     if trainer.options.full:
@@ -333,7 +341,8 @@ def finetune(options: Options, state, device, dtype) -> None:
     with main_process_first():
         lesson = read_data(options, tokenizer)
     options = with_steps(options, lesson)
-    if state and (state["text"] != lesson.digest or state["tokenizer"] != tokenizer.to_str()):
+    digest = f"{lesson.digest} {fingerprint(model)}"
+    if state and (state["text"] != digest or state["tokenizer"] != tokenizer.to_str()):
         raise UsageError(f"--data {options.data} or --ckpt {options.ckpt} is not that of the run")
 
     if options.full:
@@ -369,7 +378,7 @@ def finetune(options: Options, state, device, dtype) -> None:
         except (KeyError, RuntimeError, TypeError) as error:
             raise UsageError(f"the checkpoint in {options.out} does not fit its base") from error
     notes = {"text": lesson.about}
-    trainer = Trainer(options, model, tokenizer, lesson.digest, device, dtype, state, notes)
+    trainer = Trainer(options, model, tokenizer, digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed
     trainer.fit(
         lesson.get_batch,
