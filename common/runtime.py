@@ -220,7 +220,7 @@ def config_value(kind: Any) -> Callable[[str], list]:
 def resume_options(stored: dict[str, Any], options: Options, typed: dict[str, Any]) -> Options:
     """The options of a stored run with what was typed anew, as the flags' classes allow. Raises
     UsageError for a flag that must stay as it was."""
-    changed = {}
+    changed, notes = {}, []
     for f in fields(options):
         if f.name not in typed or not f.metadata:
             continue
@@ -230,13 +230,15 @@ def resume_options(stored: dict[str, Any], options: Options, typed: dict[str, An
         if how == MORE and old is not None and value < old:
             refuse_change(f.name, value, old)
         if how == ROUNDING and value != old:
-            say(
-                options,
-                f"note     --{f.name} {value} in place of {old}: results may round otherwise",
+            notes.append(
+                f"note     --{f.name} {value} in place of {old}: results may round otherwise"
             )
         changed[f.name] = value
     known = {f.name for f in fields(options)}
-    return type(options)(**{n: v for n, v in stored.items() if n in known} | changed)
+    resumed = type(options)(**{n: v for n, v in stored.items() if n in known} | changed)
+    for note in notes:
+        say(resumed, note)
+    return resumed
 
 
 def refuse_change(name: str, value: Any, old: Any) -> NoReturn:
@@ -269,7 +271,7 @@ def init_distributed(device: torch.device) -> None:
 
 def rank() -> int:
     """Which process this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:

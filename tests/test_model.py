@@ -327,6 +327,7 @@ def test_decoding_is_absorbed_and_a_prompt_expanded_whichever_is_cheaper():
     config, many = Config.preset("v2"), 10**9
     assert deepseek.absorbing_is_cheaper(config, 170, many)
     assert not deepseek.absorbing_is_cheaper(config, 171, many)
+    assert not deepseek.absorbing_is_cheaper(config, 100, 100)  # a prompt into an empty cache
     config = small(max_position_embeddings=1000, kv_lora_rank=200)
     for new, cached, absorbs in ((1, 500, True), (1, 1, True), (500, 0, False), (300, 300, False)):
         cache = deepseek.LatentCache(torch.zeros(3, 1, 900, 0), [cached])
@@ -353,7 +354,9 @@ def test_rows_of_different_lengths_share_a_cache():
     model(ids[:, :6], cache=cache)
     cache.lengths = [6, 3]  # the second row forgets three tokens, and is given them again
     more = torch.stack([ids[0, 6:9], ids[1, 3:6]])
-    close(model(more, cache=cache).logits[1], model(ids[1:, :6]).logits[0, 3:])
+    ahead, behind = model(more, cache=cache).logits
+    close(ahead, model(ids[:1, :9]).logits[0, 6:])
+    close(behind, model(ids[1:, :6]).logits[0, 3:])
     close(model(ids[:, 6:9], cache=cache).logits[1], model(ids[1:, :9]).logits[0, 6:])
 
 
@@ -607,11 +610,13 @@ def test_a_generator_repeats_its_text_without_the_padding_of_the_vocabulary():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_generation_ends_where_the_context_does():
-    model = random_model(small(max_position_embeddings=10))
+def test_generation_ends_where_the_context_does_and_keeps_no_gradients():
+    model, graphs = random_model(small(max_position_embeddings=10)), []
+    model.lm_head.register_forward_hook(lambda head, args, y: graphs.append(y.requires_grad))
     assert generated(model, [[1, 2, 3]], 100).shape == (1, 7)
     assert generated(model, [[1], [1, 2, 3, 4]], 100).shape == (2, 6)
     assert not list(model.generate([[1]], 0))
+    assert graphs == [False] * 13
 
 
 @pytest.mark.parametrize(
