@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,51 +55,41 @@ def test_any_unicode_string_survives_the_tokenizer(tokenizer, text):
     assert int(data.token_bytes(tokenizer)[ids].sum()) == len(text.encode())
 
 
-def test_special_tokens_in_a_text_stay_text(tokenizer):
-    for one in (tokenizer, data.load_tokenizer(tokenizer.to_str())):
-        assert not {0, 1} & set(one.encode(f"{BOS}User: {EOS}").ids)
-        assert data.encode_with_bos(one, EOS)[0] == one.token_to_id(BOS) == 0
-
-
-def test_a_tokenizer_spells_numbers_and_learns_from_what_will_be_said_too():
+def test_a_tokenizer_spells_numbers_and_special_tokens_and_learns_what_will_be_said():
     tokenizer = data.train_tokenizer(["2024 2024 2024 2024"], 5000, also=["User:\n\nAssistant:"])
     assert tokenizer.get_vocab_size() < 400  # there is no more to learn
     assert len(tokenizer.encode("Assistant: ").ids) < 6 and len(tokenizer.encode("2024").ids) == 4
+    for one in (tokenizer, data.load_tokenizer(tokenizer.to_str())):
+        first, *others = data.encode_with_bos(one, f"{BOS}User: {EOS}")
+        assert first == 0 and not {0, 1} & set(others)  # in a text they are text
 
 
-def test_byte_order_marks_outer_blanks_and_empty_documents_are_no_text(tmp_path):
+def test_every_text_of_a_folder_is_read_but_for_marks_and_outer_blanks(tmp_path):
     blank = f"{SEPARATOR} \r\n{SEPARATOR}{SEPARATOR}"
     found = documents_of(tmp_path / "a.txt", f"\ufeff one \r\n\r\n1\n{blank}\n two\r\n{blank}")
     assert found == ["one \r\n\r\n1", "two"]  # line ends within a text stay as they are
     rows = '\ufeff{"text": " three\\n"}\r\n\r\n{"text": ""}\n \n{"text": "4\u2028", "other": 1}'
     assert documents_of(tmp_path / "b.jsonl", rows) == ["three", "4"]
-
-
-def test_every_text_file_of_a_folder_is_read(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    for name in ("a.txt", "folder.txt/b.txt", "d.md"):
-        (tmp_path / name).write_text(name)
+    (tmp_path / "folder.txt" / "b.txt").write_text("below")
     files = data.find_corpus(str(tmp_path), tmp_path)
-    assert list(data.read_documents(files)) == ["a.txt", "folder.txt/b.txt"]
+    assert list(data.read_documents(files)) == [*found, "below"]
 
 
-def test_separators_are_found_wherever_they_stand(tmp_path, monkeypatch):
+def test_long_documents_are_cut_and_separators_found_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST", 100)
+    path, line = tmp_path / "a.txt", "one of the lines\n"
+    assert documents_of(path, line * 24) == [(line * 12).strip()] * 2
+    verses = (line * 4 + "\n") * 6  # better at a blank line
+    assert documents_of(path, verses) == [f"{line * 4}\n{line * 4}".strip()] * 3
     monkeypatch.setattr(data, "LONGEST", 40)
-    for n in range(120):
+    for n in range(120):  # within a line
         texts = [("aébé猫c😀d" * 15)[:n], "y" * n, "z"]
-        found = documents_of(tmp_path / "a.txt", SEPARATOR.join(texts))
+        found = documents_of(path, SEPARATOR.join(texts))
         assert "".join(found) == "".join(texts)
         assert found[-1] == "z" and max(map(len, found)) <= 3 * 40
         assert not any("y" in text and text.strip("y") for text in found)
-
-
-def test_long_documents_are_cut_at_a_blank_line_or_else_between_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LONGEST", 100)
-    line = "one of the lines\n"
-    assert documents_of(tmp_path / "a.txt", line * 24) == [(line * 12).strip()] * 2
-    verses = documents_of(tmp_path / "a.txt", (line * 4 + "\n") * 6)
-    assert verses == [f"{line * 4}\n{line * 4}".strip()] * 3
 
 
 def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch, tokenizer):
@@ -139,7 +130,7 @@ def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, mess
 
 
 def test_without_a_network_the_way_out_is_said(tmp_path, monkeypatch):
-    offline = huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+    offline = LocalEntryNotFoundError("no connection")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=offline))
     with pytest.raises(UsageError, match="TinyStoriesV2-GPT4-train.txt elsewhere .* --data"):
         data.prepare("tinystories", 300, tmp_path)
@@ -190,15 +181,6 @@ def test_a_document_is_bos_text_eos_and_every_document_is_there(corpus, tmp_path
     assert set(again) == set(val) and not set(again) & set(train)
 
 
-def test_a_large_vocabulary_is_kept_in_uint32(corpus, tmp_path):
-    tokenizer = data.train_tokenizer(["ab"], 300)
-    tokenizer.add_tokens([f"{i} birds" for i in range(70_000)])
-    corpus.write_text("69999 birds " * 100)
-    ready = data.prepare(str(corpus), tokenizer, tmp_path / "cache")
-    assert ready.train.ids.dtype == np.uint32 and ready.train.ids.max() > 2**16
-    assert parts_of(ready)[0][0].startswith("69999 birds 69999 birds")
-
-
 def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path, monkeypatch):
     def prepare(tokens=400, also=()):
         return data.prepare(str(corpus), tokens, tmp_path / "cache", also)
@@ -208,10 +190,13 @@ def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path
         patch.setattr(data, "read_documents", lambda files: 1 / 0)
         assert prepare().folder == first.folder
     given = [data.train_tokenizer([text], 266) for text in ("zq xj vw " * 9, "kw fg pl " * 9)]
-    assert given[0].get_vocab_size() == given[1].get_vocab_size()
+    for tokenizer, word in zip(given, ("birds", "cats"), strict=True):
+        tokenizer.add_tokens([*(f"w{i}" for i in range(66_000)), word])
+    assert given[0].get_vocab_size() == given[1].get_vocab_size() > 2**16
     other = [prepare(401), prepare(also=["User:"]), *map(prepare, given)]
     for ready, tokenizer in zip(other[2:], given, strict=True):
         assert ready.tokenizer.to_str() == tokenizer.to_str()
+        assert ready.train.ids.dtype == np.uint32 and ready.train.ids.max() > 2**16
         ids = ready.train.ids[: ready.train.doc_offsets[1]].tolist()
         assert ids[1:-1] == tokenizer.encode(tokenizer.decode(ids)).ids
     corpus.touch()
@@ -280,9 +265,8 @@ def test_an_evaluation_covers_every_token_once():
     tokenizer.add_tokens([f"w{i}" for i in range(300)])  # so that it knows the ids below
     lengths = [7, 25, 3, 11, 10]
     got = data.build_eval_set(some_tokens(lengths), tokenizer, seq_len=10, batch_size=3)
-    targets = sorted(t for _, y in got.rows for t in y.flatten().tolist() if t != data.IGNORE)
     expected = [100 * i + j for i, n in enumerate(lengths) for j in range(1, n)]
-    assert targets == expected
+    assert sorted(t for _, y in got.rows for t in y[y != data.IGNORE].tolist()) == expected
     assert got.tokens == len(expected) and got.entropy_floor is None
     assert got.bytes == data.token_bytes(tokenizer)[expected].sum()
     for x, y in got.rows:
@@ -296,14 +280,13 @@ def test_an_evaluation_covers_every_token_once():
 def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     ready = data.prepare("stories:150", 1024, tmp_path)
     by_text = {story.text: story for story in map(stories.tell, range(150))}
-    train, val = parts_of(ready)
-    assert sorted(train + val) == sorted(by_text)
+    assert sorted(sum(parts_of(ready), [])) == sorted(by_text)
     got = data.build_eval_set(
         ready.val, ready.tokenizer, 256, 4, None, stories.tag_facts, stories.FACT_KINDS
     )
-    told = [by_text[text] for text in val]
+    told = [by_text[text] for text in parts_of(ready)[1]]
     assert got.entropy_floor == pytest.approx(sum(s.nats for s in told) / got.tokens)
-    assert got.tokens == len(ready.val.ids) - len(val)
+    assert got.tokens == len(ready.val.ids) - len(told)
     for number, kind in enumerate(got.tag_names, 1):
         found = []
         for (_, targets), tags in zip(got.rows, got.tags, strict=True):

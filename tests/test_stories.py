@@ -45,7 +45,7 @@ def test_stories_are_well_spelt_of_like_length_and_of_every_plot():
 
 
 def test_a_text_belongs_to_one_derivation_only():
-    for story in TOLD[:1000]:
+    for story in TOLD[::3]:
         found = list(GRAMMAR.derivations(STORY, Recognizer(story.text, GRAMMAR.patterns)))
         assert found == [story] and found[0].roles == story.roles
 
@@ -59,15 +59,13 @@ def test_facts_are_what_was_told_before():
             assert GRAMMAR.patterns[kind].fullmatch(word)
             # sums and plurals are fixed by what was said, but were not said like this
             assert word in story.text[:start] or kind in ("number", "food", "animal", "deed", "kin")
-    assert seen >= {"name", "pet", "place", "colour", "object", "home", "landmark", "number"}
-    assert seen >= {"kin", "job", "animal", "food"}
+    assert seen == set(stories.FACT_KINDS)
 
 
 def test_no_fact_can_be_changed():
-    """A recalled fact replaced by another of its kind, or a person by another of the story:
-    refused, and mostly for that reason."""
+    """Not into another of its kind or of the story; and mostly for that reason."""
     rng, kinds, blamed = random.Random(0), Counter(), Counter()
-    for story in TOLD[:45]:
+    for story in TOLD[:30]:
         cast = {str(story.roles["hero"]), str(story.roles["friend"])}
         for start, end, kind in story.facts:
             word = story.text[start:end]
@@ -78,13 +76,11 @@ def test_no_fact_can_be_changed():
                     parse(story.text[:start] + other + story.text[end:])
                 kinds[kind] += 1
                 blamed[kind] += (error.value.position, error.value.kind) == (start, kind)
-    for kind in kinds:
-        assert kinds[kind] >= 10
-        assert blamed[kind] / kinds[kind] > 0.9, kind
+    assert all(kinds[kind] >= 5 and blamed[kind] > 0.9 * kinds[kind] for kind in kinds), blamed
 
 
 def test_an_unfinished_story_ends_too_early_and_nothing_may_follow_a_whole_one():
-    for story in TOLD[:30]:
+    for story in TOLD[:20]:
         for cut in range(0, len(story.text), 41):
             with pytest.raises(ParseError) as error:
                 parse(story.text[:cut])
@@ -137,7 +133,7 @@ class Everything:
         return True
 
 
-def test_the_probabilities_of_a_small_world_are_as_counted_by_hand():
+def test_a_small_world_is_well_formed_and_its_probabilities_are_as_counted_by_hand():
     found = list(WORLD.derivations(PLOT, Everything()))
     assert math.isclose(sum(math.exp(-s.nats) for s in found), 1, rel_tol=1e-9)
     # Two lights of four in two ways, two numbers of four, or nothing; then the parts of 5, 6, 7;
@@ -159,8 +155,18 @@ def test_the_probabilities_of_a_small_world_are_as_counted_by_hand():
     assert "lamp or an oil lamp seven three Four\n\nBehind the hill" in texts
     assert "two of three: five six four Two\n\nlamp lamp and candle lamp" in texts
     assert all(WORLD.parse(s.text, PLOT) == s for s in drawn[:100])
+    for text in ("[a", "a]", "[a|b", "{x:nowhere}", "<nothing>", "{x:lights.s}"):
+        with pytest.raises((ValueError, KeyError)):
+            WORLD.template(text)
     # Of all stories the entropy is 78.6 nats, to 0.4% at 2,000 of them.
     assert abs(sum(story.nats for story in TOLD) / N - 78.6) < 0.3
+
+
+def draws_in(node):
+    if type(node) is Draw:
+        return [node]
+    parts = node if type(node) is tuple else getattr(node, "options", ())
+    return [draw for part in parts for draw in draws_in(part)]
 
 
 def test_choices_never_run_dry():
@@ -168,27 +174,12 @@ def test_choices_never_run_dry():
     for plot in (*STORY.options, *stories.QUESTIONS.values()):
         members = defaultdict(set)  # role -> all it may become
         for draw in draws_in(plot):
-            for bind in draw.options:
-                members[bind.role].add(bind.member)
+            members[draw.options[0].role] |= {bind.member for bind in draw.options}
         for draw in draws_in(plot):
             row = {bind.member for bind in draw.options}
             rivals = sum(bool(row & taken) for taken in members.values()) - 1
             assert draw.part or rivals < len(row)
     assert min(n.index for n in GRAMMAR.lists["numbers"]) >= 4  # so that a part is left to take
-
-
-def draws_in(node):
-    if type(node) is Draw:
-        yield node
-    for part in node if type(node) is tuple else getattr(node, "options", ()):
-        if type(node) is not Draw:
-            yield from draws_in(part)
-
-
-def test_a_template_that_is_not_well_formed_is_refused():
-    for text in ("[a", "a]", "[a|b", "{x:nowhere}", "<nothing>", "{x:people.s}"):
-        with pytest.raises((ValueError, KeyError)):
-            GRAMMAR.template(text)
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +209,11 @@ def test_right_answers_are_right_and_others_wrong(tasks):
                     assert task.facts["right"] in other.answer.lower()
 
 
-def test_no_constant_and_no_place_in_the_passage_is_always_right(tasks):
-    """The answer is the first, second, third ... of its kind in the passage about equally often."""
+def test_tasks_are_short_and_no_constant_or_place_in_the_passage_is_always_right(tasks):
     for kind, row in tasks.items():
+        share = 2 / 6 if kind == "how_many" else 1 / 6  # numbers are the hardest to learn
+        assert abs(len(row) / sum(map(len, tasks.values())) - share) < 0.02, kind
+        assert all(len(f"{task.instruction} {task.answer}".split()) <= 220 for task in row)
         if kind in ("write", "what_next"):
             assert max(Counter(task.answer for task in row).values()) < 0.01 * len(row)
             continue
@@ -233,13 +226,6 @@ def test_no_constant_and_no_place_in_the_passage_is_always_right(tasks):
             named = list(dict.fromkeys(name.lower() for name in named))
             places[named.index(task.facts["right"]) if task.facts["right"] in named else -1] += 1
         assert max(places.values()) <= 0.5 * len(row), (kind, places)
-
-
-def test_tasks_are_short_and_ask_for_numbers_twice_as_often(tasks):
-    for kind, row in tasks.items():
-        assert all(len(f"{task.instruction} {task.answer}".split()) <= 220 for task in row)
-        share = 2 / 6 if kind == "how_many" else 1 / 6
-        assert abs(len(row) / sum(map(len, tasks.values())) - share) < 0.02, kind
 
 
 def answered(passage, question):
@@ -276,11 +262,8 @@ def test_held_out_tasks_put_together_whom_and_what_no_other_task_does(tasks):
     others = set()
     for task in itertools.chain(*tasks.values()):
         text = f"{task.instruction} {task.answer}"
-        found = (
-            re.findall(rf"\b(?:{GRAMMAR.patterns[kind].pattern})\b", text)
-            for kind in ("name", "object")
-        )
-        others |= set(itertools.product(*found))
+        words = [GRAMMAR.patterns[kind].pattern for kind in ("name", "object")]
+        others |= set(itertools.product(*(re.findall(rf"\b(?:{w})\b", text) for w in words)))
     assert len(others) > 500 and not pairs & others
     assert {task.kind for task in held_out} == set(tasks)
     assert 0.05 < len(pairs) / (len(pairs) + len(others)) < 0.2
@@ -302,7 +285,7 @@ def test_a_judge_takes_any_words_for_a_right_answer():
     assert [a for a in wrong if is_right(many, a)] == []
 
 
-def test_a_story_is_judged_by_what_was_asked_for(tasks):
+def test_stories_and_what_happens_next_are_judged_by_what_was_asked_for(tasks):
     for task in tasks["write"][:300]:
         assert is_right(task, f"\n{task.answer} ")
         named = re.search("(?:about|with) (.*), (.*) and an? (.*?) (.*)[.]", task.instruction)
@@ -310,23 +293,16 @@ def test_a_story_is_judged_by_what_was_asked_for(tasks):
         hero, friend, colour, thing = named.groups()
         for word, other in ((hero, "Zorro"), (friend, hero), (thing, "tractor")):
             assert not is_right(task, task.answer.replace(word, other, 1))
-        other = "red" if colour != "red" else "blue"
-        assert not is_right(task, task.answer.replace(colour, other))
-        assert not is_right(task, task.answer[:-1])
-        assert not is_right(task, f"{task.answer} {task.answer}")
-        assert not is_right(task, f"{task.answer.partition('. ')[0]}.")  # only begun
+        other = task.answer.replace(colour, "red" if colour != "red" else "blue")
+        begun = f"{task.answer.partition('. ')[0]}."
+        for wrong in ("", other, task.answer[:-1], f"{task.answer} {task.answer}", begun):
+            assert not is_right(task, wrong)
     assert not is_right(tasks["write"][0], tell(0).text)
-    assert not is_right(tasks["write"][0], "")
-
-
-def test_what_happens_next_is_judged_by_the_story(tasks):
     for task in tasks["what_next"][:300]:
         before = task.instruction.partition("? ")[2]
         assert task.facts["so_far"].endswith(f" => {before} ")
         assert is_right(task, task.answer)
-        assert not is_right(task, "")
-        assert not is_right(task, task.answer[:-1])
-        assert not is_right(task, before)
+        assert not any(is_right(task, wrong) for wrong in ("", task.answer[:-1], before))
         name = GRAMMAR.patterns["name"].search(task.answer)
         assert not name or not is_right(task, task.answer.replace(name[0], "Zorro"))
 
