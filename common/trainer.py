@@ -623,7 +623,6 @@ class Trainer:
                     bar.set_postfix_str(f"loss {record['loss']:.3f}, {speed}")
                 if "val_loss" in record:
                     said = "" if options.log_level == "quiet" else show()  # by all, for --fsdp
-                    self.draw(last)
                     if not quiet:
                         left = ""
                         if self.steps:
@@ -635,6 +634,8 @@ class Trainer:
                 due = due or self.step % (options.save_every or every) == 0
                 if due and not self.skipped_steps:
                     self.save()
+                if "val_loss" in record:
+                    self.draw(always=False)
         if self.stop and self.step == 0:  # before the first step there was nothing to save yet
             self.save()
         self.draw(always=True)
