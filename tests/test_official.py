@@ -62,7 +62,7 @@ def test_the_released_config_is_read_to_the_last_field(tmp_path):
         transformers_version="4.33.1", use_cache=True, v_head_dim=128, vocab_size=102400,
     )  # fmt: skip
     expected = Config.preset("v2-lite", initializer_range=0.02)
-    assert read(record) == expected
+    assert read(record) == expected and read(record | dict(rope_theta=500)).rope_theta == 500
     # as transformers 5 spells it; where both spellings are there, the newer one counts
     yarn = record.pop("rope_scaling") | dict(rope_type="yarn", rope_theta=record.pop("rope_theta"))
     del yarn["type"]
