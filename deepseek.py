@@ -4,7 +4,7 @@ caches one small latent vector per token (MLA), and its feed-forward layers acti
 experts per token (DeepSeekMoE).
 
     model = DeepSeek(Config.preset("tiny"))
-    out = model(input_ids, targets)                       # targets: the ids that come next
+    out = model(ids[:, :-1], ids[:, 1:])                  # inputs, and the ids that come next
     (out.loss + out.aux_loss).backward()                  # cross-entropy + balance losses
     for token in model.eval().generate(prompt_ids, 100): ...
 
@@ -18,15 +18,16 @@ Contents, to be read from top to bottom:
      9 the model and its loss     10 generation         11 LoRA
 
 What changes with respect to Llama is in parts 4, 6 and 7, and YaRN in part 3. Config fields are
-those of the official config.json, parameters have the names of the official checkpoint; but each
-expert is a tensor of its own there, and here the experts of a layer are stacked.
+those of the official config.json, but for three that are marked as ours; parameters have the names
+of the official checkpoint, but each expert is a tensor of its own there, and here the experts of a
+layer are stacked. The sizes tiny, small and 1b are ours, v2-lite and v2 are DeepSeek's.
 
-Symbols. Comments at line ends give shapes in these letters, most significant dimension first.
+Symbols. Comments at line ends give shapes in these letters.
 
     here  paper   in the code                     V2     V2-Lite   tiny
     ----  ------  ----------------------------  -------  -------  -----
     B             batch: sequences
-    T     T       time: tokens given now
+    T     T       time: tokens in this pass
     S             source: tokens attended to (cached ones included)
     V             vocab_size                    102,400  102,400  4,096
     D     d       hidden_size                     5,120    2,048    128
@@ -69,8 +70,8 @@ class ConfigError(ValueError):
 
 
 # What a field is. Export, reading, checks and command lines follow from it.
-OFFICIAL = "official"  # it changes what the model computes, and other programs know it
-LOCAL = "local"  # it changes what the model computes, and others do not: exported if `absent`
+OFFICIAL = "official"  # it changes what the model computes, in transformers as well
+LOCAL = "local"  # transformers ignores it: it can be exported only at its value of `absent`
 TRAINING = "training"  # it changes training alone
 
 
@@ -133,7 +134,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the model, under its name in the official config.json.
+    """Every number of the model. Names are those of the official config.json, except the three
+    fields marked ours.
 
     The defaults are DeepSeek-V2 itself ([V2] section 3.1.2); `preset` gives the other sizes.
     Construction refuses an impossible combination with a ConfigError of one sentence.
@@ -156,14 +158,16 @@ class Config:
     n_group: int = setting(8, "groups (devices) that the routed experts are divided into", 1)
     topk_group: int = setting(3, "groups that one token may reach", 1)
     topk_method: str = setting("group_limited_greedy", "or greedy, without groups", "greedy")
-    norm_topk_prob: bool = setting(False, "gate weights sum to 1, unscaled", False, LOCAL)
+    norm_topk_prob: bool = setting(False, "normalise the K weights, unscaled", False, LOCAL)
     routed_scaling_factor: float = setting(16.0, "multiplies the routed experts' weights", 1.0)
     first_k_dense_replace: int = setting(1, "first layers with a dense feed-forward", 0, least=0)
     moe_layer_freq: int = setting(1, "every n-th layer is an MoE layer", 1, LOCAL)
     aux_loss_alpha: float = setting(0.003, "weight of the expert balance loss", 0.001, TRAINING)
-    device_loss_alpha: float = setting(0.05, "weight of the device balance loss", 0.0, TRAINING)
-    comm_loss_alpha: float = setting(0.02, "weight of the communication loss", 0.0, TRAINING)
-    token_drop_capacity: float = setting(0.0, "device capacity / load; 0 = off", 0.0, TRAINING)
+    device_loss_alpha: float = setting(0.05, "weight of the device loss (ours)", 0.0, TRAINING)
+    comm_loss_alpha: float = setting(0.02, "weight of the communication loss (ours)", 0.0, TRAINING)
+    token_drop_capacity: float = setting(
+        0.0, "a device's capacity, in average loads; 0 = off (ours)", 0.0, TRAINING
+    )
     max_position_embeddings: int = setting(163840, "longest sequence")
     rms_norm_eps: float = setting(1e-6, "epsilon of the block and final norms", 1e-6)
     rope_theta: float = setting(10000.0, "base of the RoPE frequencies", 10000.0)
@@ -191,8 +195,8 @@ class Config:
         return cls(**values | absent)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer (0-based) has experts. The first is dense, since the load of its experts
-        would become balanced especially slowly ([MoE] 5.1.2)."""
+        """Whether layer (0-based) has experts. The first is dense, as the load of its experts would
+        become balanced especially slowly ([MoE] 5.1.2)."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -307,19 +311,19 @@ class RMSNorm(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # 3. RoPE and YaRN. How does a query know how far away a key is?
 #
-#    RoPE rotates each pair (x0, x1), (x2, x3), ... of a vector at position t by the angle t * f_j.
-#    A dot product of two rotated vectors then depends on their distance only:
+#    RoPE rotates pair j of a vector at position t, (x0, x1), (x2, x3), ..., by the angle t f_j. The
+#    dot product of a query at position m and a key at n then depends on their distance only:
 #
-#        <rot(q, m), rot(k, n)> = <rot(q, m - n), k>,    f_j = theta^(-2j/dr)               [RoPE]
+#        <Rot(q, m), Rot(k, n)> = <Rot(q, m - n), k>,    f_j = theta^(-2j/dr)               [RoPE]
 #
 #    Pairs are neighbours here; Llama in transformers pairs the two halves of a vector.
 #
-#    YaRN stretches a context of 4K to 160K. Fast pairs, which turn often within 4K, tell short
-#    distances apart and stay as they are; pairs that do not complete one turn are slowed down by
-#    `factor`, so that no unseen angle occurs; a ramp lies in between. Of V2's 32 pairs, 0 to 10
-#    stay, 11 is slowed to 0.925, 16 to 0.55, 22 to 0.1 of its speed, and 23 to 31 to 1/40. The ramp
-#    is linear in the pair's index, as in the official code; the YaRN paper's is linear in turns.
-#    YaRN is on for short inputs as well: the last training steps of V2 had it.
+#    YaRN stretches a context of 4K to 160K. Pairs that make more than 32 turns within 4K tell
+#    short distances apart and stay as they are; those that do not complete one turn are slowed
+#    down by `factor`, so that no unseen angle occurs; between the two lies a ramp. Of V2's 32
+#    pairs, 0 to 10 stay, 11 is slowed to 0.925, 16 to 0.55, 22 to 0.1 of its speed, and 23 to 31
+#    to 1/40. The ramp is linear in the pair's index, as in the official code; the YaRN paper's is
+#    linear in turns. YaRN is on for short inputs as well: the last training steps of V2 had it.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -337,6 +341,7 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
         return dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base))
 
     low = max(math.floor(find_correction_dim(yarn.get("beta_fast", 32))), 0)
+    # dim - 1, though there are dim/2 pairs: as in the official code
     high = min(math.ceil(find_correction_dim(yarn.get("beta_slow", 1))), dim - 1)
     if low == high:
         high += 0.001  # a step instead of a ramp, without dividing by zero
@@ -352,8 +357,8 @@ def yarn_mscale(config: Config, key: str) -> float:
 
 
 def softmax_scale(config: Config) -> float:
-    """(dn + dr)^-1/2, times mscale^2 under YaRN, as query and key are each scaled by mscale. V2:
-    mscale = 1.2608, squared 1.590, so 0.0722 becomes 0.1147."""
+    """(dn + dr)^-1/2, times mscale^2 under YaRN, as if query and key were each scaled by mscale.
+    V2: mscale = 1.2608, squared 1.590, so 0.0722 becomes 0.1147."""
     return config.qk_head_dim**-0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
 
@@ -378,9 +383,11 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 # 4. Multi-head latent attention (MLA). How can 128 heads share one small memory?
 #
-#    Ordinary attention caches K and V of every head: 2 H dh numbers per token and layer, 32,768
-#    in a model shaped like V2. MLA caches 576: a latent c, from which every head's key and value
-#    can be made, and one small key that carries the position.       [V2] section 2.1, eq. 9-19
+#    Ordinary attention caches K and V of every head: 2 x 128 x 128 = 32,768 numbers per token and
+#    layer in a model shaped like V2. MLA caches 576: a latent c, from which every head's key and
+#    value can be made, and one small key that carries the position.  [V2] section 2.1, eq. 9-19
+#    In the names of matrices D goes down to a low rank and U up from it; Q, K, V say for what, R
+#    that RoPE follows.
 #
 #            x  [D]
 #            |
@@ -400,8 +407,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 #    In the official names: q_a_proj = W_DQ, q_b_proj = W_UQ and W_QR, kv_a_proj_with_mqa = W_DKV
 #    and W_KR, kv_b_proj = W_UK and W_UV, o_proj = W_O; without query compression q_proj does all
-#    of the query. "a" goes down to a low rank and "b" up from it; "lora" in the names of the ranks
-#    says just that, and has nothing to do with fine-tuning. "pe" is with position, "nope" without.
+#    of the query. "a" goes down and "b" up; "lora" in the names of the ranks says just that, and
+#    has nothing to do with fine-tuning. "pe" is with position, "nope" without.
 #
 #    Two ways to attend, which give the same numbers:
 #
@@ -414,15 +421,17 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #    All heads then read one small memory, as in multi-query attention. W_UQ and W_UK are not
 #    multiplied into one matrix beforehand: in V2 that has 100.7M weights a layer, they 33.6M.
 #
-#    Which is cheaper: multiply-adds per head of V2, for
+#    Which is cheaper: multiply-adds per head of V2, where nothing but c and k_pe is kept, for
 #        1 query over 4,096 keys (decoding)          absorbed 4.6M     expanded 538M
 #        4,096 queries over 4,096 (a prompt)         absorbed 18.8G    expanded 5.9G
+#    Most of the 538M make keys and values anew for each token; to keep them would undo the saving.
 #    Decoding is also bound by reading memory, and absorbed reads 576 numbers per token.
 #
-#    Why the key is decoupled. RoPE on k_nope would put a rotation R between the two matrices: the
-#    score is q^T R(n - m) W_UK c_n, and the absorbed query W_UK^T R(m - n) q would differ for every
-#    cached position n. So position gets dr numbers of its own that do not pass through W_UK. And
-#    k_pe is shared by all heads, as one for each would add 128 x 64 = 8,192 numbers to the cache.
+#    Why the key is decoupled. RoPE on k_nope would put a rotation between the two matrices: with
+#    the query at m and the key at n the score is q^T Rot(n - m) W_UK c_n, and the absorbed query
+#    W_UK^T Rot(m - n) q would differ for every cached n. So position gets dr numbers of its own
+#    that do not pass through W_UK. All heads share k_pe: one for each would take 128 x 64 = 8,192
+#    numbers of the cache in place of 64.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -465,8 +474,8 @@ class AttentionContext(NamedTuple):
     sin: Tensor  # [B or 1, T, dr/2]
     length: int  # S: how many places of the cache are attended to
     # [B or 1, 1, T, S], True = visible. None in the two common cases, which need no mask: whole
-    # sequences (T == S, each token sees itself and what precedes it), and one new token behind
-    # rows of equal length (T == 1, which sees everything).
+    # sequences in expanded attention (T == S, each token sees itself and what precedes it), and one
+    # new token behind rows of equal length (T == 1, which sees everything).
     mask: Tensor | None
     absorb: bool  # attend in latent space
 
@@ -474,8 +483,8 @@ class AttentionContext(NamedTuple):
 def attention_context(
     config: Config, ids: Tensor, cache: LatentCache | None, absorb: bool | None
 ) -> AttentionContext:
-    """Positions, rotation and mask for ids [B, T], behind what the cache already holds. Raises
-    ValueError if they do not fit."""
+    """Positions, rotation and mask for ids [B, T], behind what the cache already holds (nothing
+    without one). Raises ValueError if they do not fit."""
     B, T = ids.shape
     lengths = cache.lengths if cache else [0]
     start, end = min(lengths), max(lengths) + T
@@ -485,7 +494,7 @@ def attention_context(
     if cache and end > cache.latents.shape[2]:
         raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents.shape[2]}")
     positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
-    ragged = start + T < end
+    ragged = start + T < end  # rows of different length
     if ragged:
         ahead = torch.tensor([n - start for n in lengths], device=ids.device)
         positions = positions + ahead[:, None]  # B T
@@ -515,8 +524,8 @@ class MLA(nn.Module):
             self.q_proj = nn.Linear(c.hidden_size, heads_q, bias=False)
         # W_DKV and W_KR in one matrix: "mqa", since one key serves all heads
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.cache_dim, bias=False)
-        # The norms tame bottlenecks whose scale nothing else holds ([V2] 3.1.2); their eps is
-        # 1e-6 whatever the config says, as in the official code.
+        # The norms keep the scale of the narrow latents in check ([V2] 3.1.2); their eps is 1e-6
+        # whatever the config says, as in the official code.
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads_kv, bias=False)  # W_UK and W_UV
         self.o_proj = nn.Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, bias=False)
@@ -574,8 +583,8 @@ class MLA(nn.Module):
         causal = mask is None and T > 1
         if causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             # On a CPU flash attention takes twice the time of scores written down, as long as
-            # they are few: 18% of a step of tiny. As in the official code they are rounded to
-            # bf16; flash attention keeps them in fp32.
+            # they are few; this saves 18% of tiny's training step. As in the official code they are
+            # rounded to bf16; flash attention keeps them in fp32.
             future = q.new_full((T, T), -torch.inf).triu(1)
             scores = torch.add(future, q @ k.mT, alpha=self.scale)  # B H T T
             return (scores.softmax(-1) @ v).transpose(1, 2)  # B T H dv
@@ -639,14 +648,14 @@ class MLP(nn.Module):
 #        s_i = softmax_i(x . e_i)         affinity of the token to expert i      [V2] eq. 20-22
 #        g_i = scaling * s_i if s_i is among the K largest, else 0
 #
-#    The softmax goes over all experts and precedes the choice: a token that is unsure between
-#    many experts gives each a small weight, and the weights need not sum to one. The factor is not
-#    in eq. 21. In the official code V2 multiplies by routed_scaling_factor = 16 and V2-Lite by 1;
-#    no source says why. Six of 160 such weights are small indeed.
+#    The softmax goes over all experts and precedes the choice, so that a weight is the confidence
+#    in an expert among all; among the chosen K alone the weights would always sum to one. The
+#    factor is not in eq. 21. In the official code V2 multiplies by routed_scaling_factor = 16 and
+#    V2-Lite by 1; no source says why, presumably since six of 160 weights sum to little.
 #
 #    Device-limited routing ([V2] 2.2.2): experts live in G groups, one per device. A token may
-#    reach only the M groups whose best expert it likes most, so that it is sent to M devices at
-#    most, however many experts it uses. M = 3 was about as good as no limit.
+#    reach only the M groups with the highest best score, so that it is sent to M devices at most,
+#    however many experts it uses. In the paper M = 3 did about as well as no limit.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -669,7 +678,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> Routing:
-        # In fp32 even under autocast: near ties decided by rounding would train the wrong expert.
+        # In fp32 even under autocast: in bf16 rounding would decide near ties.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # B T E
         scores = logits.softmax(-1)
@@ -706,11 +715,12 @@ class Gate(nn.Module):
 #    communication    i is one of G groups         f   = G / (M T) * #{tokens sent to the group}
 #                     each device receives alike   P   = as for devices
 #
-# f counts and has no gradient; P has. So the router lowers its probabilities most where the load is
-# highest. At perfect balance each loss is its alpha. T are the tokens of one sequence; the loss is
-# averaged over the batch. Limited routing bounds what a device sends; the third loss evens out what
-# it receives. When a token counts as "sent" the paper does not say: here, when the group is among
-# the M that it may reach. Only the first loss is in the official code.
+# f counts and has no gradient; P has. So the router lowers its probabilities most where the load
+# is highest. At perfect balance every f is 1 and P sums to 1, so each loss is its alpha; those of
+# all layers are added. T is the number of tokens in one sequence; the loss is averaged over the
+# batch. Limited routing bounds what a device sends; the third loss evens out what it receives.
+# When a token counts as "sent" the paper does not say: here, when the group is among the M that
+# it may reach. Only the first loss is in the official code.
 
 
 def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
@@ -740,9 +750,9 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 
     Each device takes token_drop_capacity times its average share of the batch's assignments,
     those of highest affinity first. no_drop [B]: sequences of which nothing is dropped, so that the
-    model also learns what it meets in use, where nothing is dropped. What the paper leaves open:
-    capacity counts assignments, and weights are not renormalised. On one machine dropping saves no
-    computation: the expert runs, its result counts nothing, and the load counts it all the same.
+    model also learns what it meets in use, where nothing is dropped. Where the paper is silent:
+    capacity counts assignments, and weights are not renormalised. Here dropping saves no
+    computation: the expert still runs, its result gets weight 0, and it still counts in the load.
     """
     c = config
     B, T, K = routing.index.shape
@@ -769,7 +779,7 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 #        |        top K of E         |
 #        v              |            |              Shared: what every token needs is learned
 #    E_1  E_2  ... E_E  |            |              once, so that routed experts can specialise.
-#     |    |        |   |            |              Their N_s experts are one MLP, N_s * I wide.
+#     |    |        |   |            |              A sum of gated MLPs is one wider MLP: N_s * I.
 #     +- g_i E_i(x) +<--+            |
 #           |                        |
 #           +-----------> + <--------+
@@ -796,7 +806,7 @@ class Experts(nn.Module):
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
         elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
-            run = torch.compiler.disable(run)  # grouped_mm is traced in bf16 alone, a loop never
+            run = torch.compiler.disable(run)  # torch.compile traces grouped_mm in bf16 only
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
@@ -854,8 +864,8 @@ class Experts(nn.Module):
         return (y.index_select(0, place).view(N, K, D) * weights.unsqueeze(-1)).sum(1)
 
 
-class FeedForward(NamedTuple):
-    """What the feed-forward part of a layer gives; of a dense layer without losses and load."""
+class LayerOutput(NamedTuple):
+    """What an MoE or a whole layer gives; a dense layer has neither losses nor load."""
 
     y: Tensor  # [B, T, D]
     losses: dict[str, Tensor]  # by name, weighted; empty outside of training
@@ -863,7 +873,7 @@ class FeedForward(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Mixture of experts. [B, T, D] -> FeedForward."""
+    """Mixture of experts. [B, T, D] -> LayerOutput."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -873,7 +883,7 @@ class MoE(nn.Module):
         if c.n_shared_experts:
             self.shared_experts = MLP(c, c.n_shared_experts * c.moe_intermediate_size)
 
-    def forward(self, x: Tensor, no_drop: Tensor | None = None) -> FeedForward:
+    def forward(self, x: Tensor, no_drop: Tensor | None = None) -> LayerOutput:
         """x [B, T, D]; no_drop [B]: sequences that token dropping spares; None drops nothing."""
         c = self.config
         routing = self.gate(x)
@@ -888,7 +898,7 @@ class MoE(nn.Module):
             y = y + self.shared_experts(x)
         share = torch.full([index.numel()], 1 / index.numel(), device=x.device)
         load = torch.zeros(c.n_routed_experts, device=x.device)
-        return FeedForward(y.to(x.dtype), losses, load.scatter_add_(0, index.flatten(), share))
+        return LayerOutput(y.to(x.dtype), losses, load.scatter_add_(0, index.flatten(), share))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -899,7 +909,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: MLA, then a dense or a mixed feed-forward, each behind its own norm."""
+    """One layer: MLA, then a dense or MoE feed-forward, each after a norm of its own."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -916,11 +926,11 @@ class Block(nn.Module):
         context: AttentionContext,
         no_drop: Tensor | None = None,
         layer_cache: Tensor | None = None,
-    ) -> FeedForward:
+    ) -> LayerOutput:
         """[B, T, D] -> the same, with the losses and the load of an MoE layer."""
         x = x + self.self_attn(self.input_layernorm(x), context, layer_cache)
         normed = self.post_attention_layernorm(x)
-        out = self.mlp(normed, no_drop) if self.is_moe else FeedForward(self.mlp(normed), {}, None)
+        out = self.mlp(normed, no_drop) if self.is_moe else LayerOutput(self.mlp(normed), {}, None)
         return out._replace(y=x + out.y)
 
 
@@ -1043,7 +1053,8 @@ class DeepSeek(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active are those that one token uses, without the input embedding,
-        which is a look-up. So counted, V2-Lite has 2.45B, the paper's 2.4B; with it, 2.66B."""
+        which is a look-up. So counted, V2 has 235.7B and 20.9B, V2-Lite 15.7B and 2.45B (the
+        paper's 2.4B; 2.66B with the embedding)."""
         c, sizes = self.config, {n: p.numel() for n, p in inference_parameters(self)}
         total = sum(sizes.values())
         routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
@@ -1063,8 +1074,8 @@ class DeepSeek(nn.Module):
     # ------------------------------------------------------------------------------------------
     # 10. Generation. How does the model continue a text?
     #
-    #    Prefill: one pass over the prompts writes their latents into the cache (expanded).
-    #    Decoding: one pass of T = 1 per new token reads the cache (absorbed).
+    #    Prefill: one pass over the prompts writes their latents into the cache.
+    #    Decoding: one pass of T = 1 per new token reads the cache, as a rule absorbed.
     # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -1080,8 +1091,8 @@ class DeepSeek(nn.Module):
         top_p the fewest that hold that much probability. A row that has said `stop` goes on
         repeating it; all rows done, or the context full, ends the stream. Ids from vocab_size on
         (the padding of the embedding) never come out. compiled puts the steps behind the prompt
-        through torch.compile: half a minute at first, and again for the second length and for
-        another number of rows; then a CPU no longer waits between hundreds of small operations.
+        through torch.compile, which takes half a minute, twice, and again for another batch size;
+        then a CPU no longer waits between hundreds of small operations.
         Raises ValueError for impossible arguments, when the first token is asked for.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
@@ -1165,7 +1176,7 @@ def inference_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 #    W, the base, stays as it is, to the bit; A and B are trained. B begins at zero, so that the
 #    start is the base model exactly; A does not, or neither would have a gradient. With alpha / r
 #    in front, less has to be retuned when r is changed (LoRA, 4.1). Adapters are for linear layers:
-#    the stacked routed experts and the router have none.
+#    the stacked routed experts, the router, the embedding and the norms have none.
 # ----------------------------------------------------------------------------------------------
 
 MLA_PROJECTIONS = (
@@ -1183,7 +1194,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base_layer.in_features, rank, **where)
         self.lora_B = nn.Linear(rank, base_layer.out_features, **where)
         self.dropout = nn.Dropout(dropout)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as the authors' code
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as in LoRA's own code
         nn.init.zeros_(self.lora_B.weight)
 
     @property
@@ -1193,7 +1204,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + (alpha / r) B A, summed in fp32; absorbed attention reads it of kv_b_proj."""
+        """W + (alpha / r) B A, summed in fp32; absorbed attention reads that of kv_b_proj."""
         base = self.base_layer.weight
         with torch.autocast(base.device.type, enabled=False):
             delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
