@@ -40,12 +40,11 @@ from common.runtime import (
 from common.trainer import (
     RunOptions,
     Trainer,
-    check_memory,
     check_micro_batches,
     describe,
-    estimate_memory,
     evaluate,
     open_run,
+    plan_memory,
     run_lock,
     write_sample,
 )
@@ -148,6 +147,39 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
         say(options, "note     --low_memory computes in bf16: very slow on this device")
 
 
+def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memory: str) -> str:
+    """What a run is about to do, for the screen."""
+    options, model = trainer.options, trainer.model
+    total, active = model.num_parameters()
+    vocabulary, tokens = corpus.tokenizer.get_vocab_size(), len(corpus.train.ids)
+    a_step, cached = options.batch_size * options.seq_len, model.config.cache_per_token()
+    lines = [
+        f"model    {options.size}: {total:,} parameters, {active:,} of them active per token",
+        f"cache    {cached:,} numbers per token, {4 * cached:,} bytes in fp32",
+        f"text     {corpus.name}: {tokens:,} tokens, {len(corpus.val.ids):,} held out,"
+        f" vocabulary {vocabulary:,}",
+        f"step     {options.batch_size} x {options.seq_len} = {a_step:,} tokens"
+        + (f" in {options.grad_accum} pieces" if options.grad_accum > 1 else ""),
+        f"machine  {trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, memory {memory}"
+        + (f", {world_size()} processes" if world_size() > 1 else ""),
+        f"writes   ckpt.pt, log.jsonl, curves.png in {options.out}; tokens in {corpus.folder}",
+    ]
+    if floor is not None:
+        lines.append(f"floor    {floor:.4f} nats/token, the entropy of the stories")
+    if floor is not None and options.size != "tiny":
+        lines.append(
+            f"note     the built-in stories have {vocabulary:,} different tokens, so this"
+            f" {options.size} has fewer parameters than at its own vocabulary"
+        )
+        if options.steps:
+            rounds = options.steps * a_step / tokens
+            lines.append(f"note     {options.steps:,} steps go {rounds:.3g} times through them")
+        lines.append("note     --data tinystories has more text")
+    if trainer.step:
+        lines.append(f"resumes  after step {trainer.step}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     options, typed = parse_flags(Options, __doc__)
     options, state = open_run(options, typed)
@@ -193,13 +225,7 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype) -> None
 
     config = stored_config(state) if state else choose_config(options, tokenizer)
     weights = torch.bfloat16 if options.low_memory else torch.float32
-    with torch.device("meta"):
-        plan = DeepSeek(config).to(weights)
-    checkpointing = options.checkpoint_activations
-    needed = estimate_memory(plan, micro_batch_size, options.seq_len, checkpointing, dtype)
-    needed *= world_size() if device.type == "cpu" else 1  # all in one memory
-    needed //= world_size() if options.fsdp else 1
-    memory = check_memory(needed, device)
+    memory = plan_memory(options, config, weights, micro_batch_size, device, dtype)
     model = build_model(state) if state else DeepSeek(config)
     if options.induction_init and not state:
         induction_init(model, options.induction_init)
@@ -208,36 +234,7 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype) -> None
     trainer = Trainer(options, model, tokenizer, corpus.digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed
 
-    total, active = model.num_parameters()
-    vocabulary, tokens = tokenizer.get_vocab_size(), len(corpus.train.ids)
-    a_step, cached = options.batch_size * options.seq_len, config.cache_per_token()
-    lines = [
-        f"model    {options.size}: {total:,} parameters, {active:,} of them active per token",
-        f"cache    {cached:,} numbers per token, {4 * cached:,} bytes in fp32",
-        f"text     {corpus.name}: {tokens:,} tokens, {len(corpus.val.ids):,} held out,"
-        f" vocabulary {vocabulary:,}",
-        f"step     {options.batch_size} x {options.seq_len} = {a_step:,} tokens"
-        + (f" in {options.grad_accum} pieces" if options.grad_accum > 1 else ""),
-        f"machine  {device}, {str(dtype).removeprefix('torch.')}, memory {memory}"
-        + (f", {world_size()} processes" if world_size() > 1 else ""),
-        f"writes   ckpt.pt, log.jsonl, curves.png in {options.out}; tokens in {corpus.folder}",
-    ]
-    if told:
-        floor = held_out.entropy_floor
-        lines.append(f"floor    {floor:.4f} nats/token, the entropy of the stories")
-    if told and options.size != "tiny":
-        lines.append(
-            f"note     the built-in stories have {vocabulary:,} different tokens, so this"
-            f" {options.size} has fewer parameters than at its own vocabulary"
-        )
-        if options.steps:
-            rounds = options.steps * a_step / tokens
-            lines.append(f"note     {options.steps:,} steps go {rounds:.3g} times through them")
-        lines.append("note     --data tinystories has more text")
-    if trainer.step:
-        lines.append(f"resumes  after step {trainer.step}")
-    say(options, "\n".join(lines))
-
+    say(options, introduce(trainer, corpus, held_out.entropy_floor, memory))
     began = time.perf_counter()
     record = trainer.fit(
         batches.get_batch,

@@ -51,7 +51,7 @@ from common.runtime import (
     shard_optimizer_state,
     world_size,
 )
-from deepseek import DeepSeek
+from deepseek import Config, DeepSeek
 
 SAVE_MINUTES = 15  # a checkpoint is never older
 DRAW_MINUTES = 1  # between two drawings of the curves
@@ -212,6 +212,20 @@ def check_memory(needed: int, device: torch.device) -> str:
             " --checkpoint_activations"
         )
     return f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
+
+
+def plan_memory(
+    options: RunOptions, config: Config, weights: torch.dtype, micro_batch_size: int, device, dtype
+) -> str:
+    """Say what training a model of this config from here needs, before it is built. Raises
+    UsageError where it cannot fit."""
+    with torch.device("meta"):
+        model = DeepSeek(config).to(weights)
+    checkpointing = options.checkpoint_activations
+    needed = estimate_memory(model, micro_batch_size, options.seq_len, checkpointing, dtype)
+    needed *= world_size() if device.type == "cpu" else 1  # all in one memory
+    needed //= world_size() if getattr(options, "fsdp", False) else 1
+    return check_memory(needed, device)
 
 
 def check_micro_batches(options: RunOptions) -> int:

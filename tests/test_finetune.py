@@ -11,7 +11,7 @@ import torch
 from conftest import MODEL, log_of, same
 
 import finetune
-from common import chat, checkpoint, data, stories
+from common import chat, checkpoint, data, lessons, stories
 from common.formats import load_lora
 from common.runtime import UsageError
 from deepseek import Config
@@ -246,8 +246,8 @@ def test_the_built_in_task_is_scored_by_kind_before_and_after(run, tmp_path, mon
         wrong = ("who", "what_next") if len(scorings) == 1 else ("who",)
         return ["Nobody." if tasks[q].kind in wrong else tasks[q].answer for q in questions]
 
-    monkeypatch.setattr(finetune, "HELD_OUT_TASKS", 60)
-    monkeypatch.setattr(finetune, "answer", answer)
+    monkeypatch.setattr(lessons, "HELD_OUT_TASKS", 60)
+    monkeypatch.setattr(lessons, "answer", answer)
     line = f"train {MODEL} --data stories:120 --steps 2 --seq_len 256 --out {tmp_path}/b"
     assert run(f"{line} --log_level quiet")[0] == 0
     line = f"finetune --ckpt {tmp_path}/b/ckpt.pt --data stories:40 --steps 2 --batch_size 8"
@@ -272,7 +272,7 @@ def read_lesson(trained, **flags):
     tokenizer = data.load_tokenizer(checkpoint.load_checkpoint(trained)["tokenizer"])
     options = finetune.Options(**dict(seq_len=512) | flags)  # this tokenizer knows few words
     options = finetune.with_recipe(options, Config.preset("small"))
-    lesson = finetune.read_data(options, tokenizer)
+    lesson = lessons.read_data(options, tokenizer)
     return lesson, finetune.with_steps(options, lesson)
 
 
@@ -310,7 +310,7 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         if p.dim() > 1:
             p.normal_(0, 0.3)
     model.lm_head.weight[1] *= 2  # eos, now and then
-    monkeypatch.setattr(finetune, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(lessons, "LONGEST_ANSWER", 8)
     questions, expected, ended = ["a", "How big?", "b", "cat 7", "c", "Cat 8 is big."], [], 0
     for question in questions:
         ids = chat.encode_chat(tokenizer, [(question, None)])
@@ -322,7 +322,7 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         expected.append(tokenizer.decode(ids[start:]).strip())
     assert 0 < ended < len(set(expected)) == len(questions)
     for rows_at_a_time in (4, 1):
-        assert finetune.answer(model, tokenizer, questions, rows_at_a_time) == expected
+        assert lessons.answer(model, tokenizer, questions, rows_at_a_time) == expected
 
 
 @pytest.mark.parametrize(
