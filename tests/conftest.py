@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small models gain nothing by a second thread
+
 # Imported within a run, matplotlib and dynamo would keep the run's frames, and with them its lock.
 import matplotlib.pyplot  # noqa: F401
 import pytest
