@@ -467,7 +467,8 @@ class LatentCache:
 
 
 class AttentionContext(NamedTuple):
-    """Where the T tokens of a forward pass stand and what they see: the same for all layers."""
+    """Where the T tokens of a forward pass stand and what they see: the same for all layers, which
+    only read it (under FSDP each gets a copy). An attention of another kind obeys the mask."""
 
     positions: Tensor  # [1, T], or [B, T] where the rows of a cache differ in length
     cos: Tensor  # [B or 1, T, dr/2]
@@ -1032,8 +1033,9 @@ class DeepSeek(nn.Module):
             return Output(self.lm_head(x), {}, load)
         return Output(None, {"cross_entropy": self.cross_entropy(x, targets)} | losses, load)
 
-    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of x [B, T, D] against targets [B, T].
+    def cross_entropy(self, x: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
+        """Mean cross-entropy in nats of x [B, T, D], through a head (lm_head unless given), against
+        targets [B, T].
 
         At V = 102,400 one sequence of 4,096 tokens has 1.7 GB of logits. So they are made in
         chunks of at most 128 MB, forgotten, and made again in the backward pass.
@@ -1042,7 +1044,7 @@ class DeepSeek(nn.Module):
         chunk = max(1, 2**25 // self.config.vocab_size)
 
         def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(x).float(), target, reduction="sum")
+            return F.cross_entropy((head or self.lm_head)(x).float(), target, reduction="sum")
 
         if len(x) <= chunk:
             total = chunk_loss(x, targets)

@@ -103,9 +103,10 @@ def read_config(folder: Path) -> Config:
 
 def official_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json for a Config. Raises UsageError for what it cannot say."""
+    roles = {f.name: f.metadata["role"] for f in fields(Config)}
     for f in fields(Config):
         value, neutral = getattr(config, f.name), f.metadata["absent"]
-        if f.metadata["role"] == LOCAL and value != neutral:
+        if roles[f.name] == LOCAL and value != neutral:
             raise UsageError(
                 f"{f.name} = {value!r} cannot be exported: transformers would compute as if it were"
                 f" {neutral!r}"
@@ -115,7 +116,8 @@ def official_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         **BUILT_IN,
-        **asdict(config),
+        # LOCAL fields are neutral here, and others might know their names in another sense
+        **{name: value for name, value in asdict(config).items() if roles[name] != LOCAL},
         "topk_group": reach,
         "seq_aux": True,
         "num_key_value_heads": config.num_attention_heads,
@@ -211,6 +213,10 @@ def read_weights(model: DeepSeek, files: list[Path], dtype, device) -> None:
             + (f", and {len(missing) - 1} more" if missing[1:] else "")
         )
     model.to(dtype or found["lm_head.weight"]).to_empty(device=device)
+    needed = {name for name, _ in inference_parameters(model)}
+    for name, p in model.named_parameters():
+        if name not in needed:  # of training alone, so in no file: memory as it was found
+            nn.init.normal_(p, 0.0, model.config.initializer_range)
     places = official()
     with torch.no_grad():
         for path in files:

@@ -37,7 +37,8 @@ def induction_init(model: DeepSeek, embedding_std: float) -> None:
     model.lm_head.weight.copy_(F.pad(own / 2, (model.config.hidden_size - half, 0)))
     for layer in model.model.layers:
         attention = layer.self_attn
-        start_as_copy(attention) if isinstance(attention, MLA) else attention.start_as_copy()
+        own = getattr(attention, "start_as_copy", None)
+        own() if own else start_as_copy(attention)
 
 
 def start_as_copy(mla: MLA) -> None:

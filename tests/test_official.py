@@ -313,3 +313,18 @@ def test_an_export_scores_as_its_checkpoint_and_replaces_nothing(exported, corpu
         code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
         assert code == 2 and message in err
         (tmp_path / "config.json").write_text("{}")
+
+
+def test_a_part_of_training_alone_starts_anew_when_a_folder_is_read(tmp_path, monkeypatch):
+    class TwoHeads(DeepSeek):
+        def __init__(self, config):
+            super().__init__(config)
+            self.second_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.second_head.training_only = True
+
+    formats.save_pretrained(random_model(small()), tmp_path)
+    monkeypatch.setattr(formats, "DeepSeek", TwoHeads)
+    weight = formats.load_pretrained(tmp_path).second_head.weight
+    assert weight.std().item() == pytest.approx(0.06, rel=0.1)  # and not memory as it was found
+    assert formats.read_config(tmp_path) == small()
+    assert "norm_topk_prob" not in (tmp_path / "config.json").read_text()  # LOCAL, and neutral
