@@ -18,7 +18,7 @@ Contents, to be read from top to bottom:
      9 the model and its loss     10 generation         11 LoRA
 
 What changes with respect to Llama is in parts 4, 6 and 7, and YaRN in part 3. Config fields are
-those of the official config.json, but for three that are marked as ours; parameters have the names
+those of the official config.json, but for three that have our names; parameters have the names
 of the official checkpoint, but each expert is a tensor of its own there, and here the experts of a
 layer are stacked. The sizes tiny, small and 1b are ours, v2-lite and v2 are DeepSeek's.
 
@@ -134,8 +134,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the model. Names are those of the official config.json, except the three
-    fields marked ours.
+    """Every number of the model, under its name in the official config.json, where it has one.
 
     The defaults are DeepSeek-V2 itself ([V2] section 3.1.2); `preset` gives the other sizes.
     Construction refuses an impossible combination with a ConfigError of one sentence.
@@ -163,10 +162,12 @@ class Config:
     first_k_dense_replace: int = setting(1, "first layers with a dense feed-forward", 0, least=0)
     moe_layer_freq: int = setting(1, "every n-th layer is an MoE layer", 1, LOCAL)
     aux_loss_alpha: float = setting(0.003, "weight of the expert balance loss", 0.001, TRAINING)
-    device_loss_alpha: float = setting(0.05, "weight of the device loss (ours)", 0.0, TRAINING)
-    comm_loss_alpha: float = setting(0.02, "weight of the communication loss (ours)", 0.0, TRAINING)
+    device_loss_alpha: float = setting(0.05, "weight of the device loss (our name)", 0.0, TRAINING)
+    comm_loss_alpha: float = setting(
+        0.02, "weight of the communication loss (our name)", 0.0, TRAINING
+    )
     token_drop_capacity: float = setting(
-        0.0, "a device's capacity, in average loads; 0 = off (ours)", 0.0, TRAINING
+        0.0, "a device's capacity, in average loads; 0 = off (our name)", 0.0, TRAINING
     )
     max_position_embeddings: int = setting(163840, "longest sequence")
     rms_norm_eps: float = setting(1e-6, "epsilon of the block and final norms", 1e-6)
