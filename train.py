@@ -171,9 +171,9 @@ def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memor
             f"note     the built-in stories have {vocabulary:,} different tokens, so this"
             f" {options.size} has fewer parameters than at its own vocabulary"
         )
-        if options.steps:
-            rounds = options.steps * a_step / tokens
-            lines.append(f"note     {options.steps:,} steps go {rounds:.3g} times through them")
+        rounds = (options.steps or 0) * a_step / tokens
+        if rounds >= 1:
+            lines.append(f"note     {options.steps:,} steps go {rounds:.0f} times through them")
         lines.append("note     --data tinystories has more text")
     if trainer.step:
         lines.append(f"resumes  after step {trainer.step}")
