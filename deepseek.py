@@ -454,17 +454,12 @@ class LatentCache:
     """What the model remembers of B sequences; made by `DeepSeek.new_cache`.
 
     latents [L, B, max_length, C] holds c after its norm and k_pe after its rotation, so that
-    neither is computed twice. lengths counts the tokens of each row; it lives on the host, so that
-    no decoding step waits for the device. Setting it back makes the model forget what came later.
+    neither is computed twice. lengths counts the tokens of each row; it lives on the host, where
+    shapes are decided. Setting it back makes the model forget what came later.
     """
 
     latents: Tensor
     lengths: list[int]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the cache takes, the free places included."""
-        return self.latents.numel() * self.latents.element_size()
 
 
 class AttentionContext(NamedTuple):

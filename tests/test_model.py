@@ -340,7 +340,7 @@ def test_a_cache_has_the_size_and_dtype_asked_for_and_is_not_trained_through():
     model = random_model(small())
     cache = model.new_cache(2, 7, torch.bfloat16)
     assert cache.latents.dtype == torch.bfloat16 and cache.lengths == [0, 0]
-    assert cache.nbytes == 3 * 2 * 7 * 28 * 2
+    assert cache.latents.nbytes == 3 * 2 * 7 * 28 * 2
     cache = model.new_cache(1, 7)
     model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
     assert cache.latents.dtype == torch.float32 and not cache.latents.requires_grad
