@@ -296,6 +296,8 @@ def save_pretrained(model: DeepSeek, folder: str | Path, shard_bytes: int = 5 * 
     config = official_config(model.config, model.lm_head.weight.dtype)
     if model.lm_head.weight.is_meta:
         raise UsageError("a model on the meta device has no weights to save: load it first")
+    if modules_of(model, LoRALinear):
+        raise UsageError("a model with adapters has no official format: merge or remove them first")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -227,7 +227,9 @@ def test_every_setting_of_peft_is_known_to_be_harmless_or_refused(tmp_path):
         assert known == bool(lora_state(model))
 
 
-def test_where_the_disk_is_full_the_adapter_before_stays(tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_said_and_the_adapter_before_stays(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="merge or remove them first"):
+        save_pretrained(adapted(), tmp_path / "hf")
     with pytest.raises(ConfigError, match="no adapters to save"):
         save_lora(random_model(small()), tmp_path)
     save_lora(adapted(), tmp_path)
