@@ -294,9 +294,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()  # squares are coarse in bf16 and overflow in fp16
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        # The cast comes before the weight, as in the official code; under autocast to the dtype
-        # of the matrix products that follow, so that none of them needs to cast again.
-        dtype = compute_dtype(x)
+        # The cast comes before the weight, as in the official code, to the dtype of the matrix
+        # products that follow, so that none of them needs to cast again.
+        dtype = compute_dtype(self.weight)
         return self.weight.to(dtype) * x32.to(dtype)
 
 
@@ -589,13 +589,15 @@ class MLA(nn.Module):
         """The same attention in latent space ([V2] 2.1.2): no key or value is ever built."""
         c = self.config
         B, T, H = q_nope.shape[:3]
+        # Scaled before the products, as a sum over R = 512 latents would outgrow fp16.
+        q_nope, q_pe = q_nope * self.scale, q_pe * self.scale
         w = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
         q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
         # All heads read one memory: H heads of T queries are H*T queries of one head.
         scores = q_latent.flatten(1, 2) @ latent.mT  # B H*T S
         scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT  # B H*T S
-        scores = (scores * self.scale).float().unflatten(1, (H, T))  # B H T S
+        scores = scores.float().unflatten(1, (H, T))  # B H T S
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         probs = scores.softmax(-1).to(q_latent.dtype)
@@ -963,7 +965,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, cache=None, absorb=None, checkpoint_activations=False):
         context = attention_context(self.config, ids, cache, absorb)
-        x = self.embed_tokens(ids)  # B T D
+        x = self.embed_tokens(ids).float()  # B T D; sums of many layers outgrow fp16
         dropping = self.training and self.config.token_drop_capacity > 0
         # B; drawn once, so that a sequence is spared by all layers or by none
         no_drop = torch.rand(len(ids), device=ids.device) < NO_DROP_SHARE if dropping else None

@@ -20,6 +20,7 @@ import torch
 from common.checkpoint import load_checkpoint, open_model
 from common.formats import load_lora, save_lora
 from common.lessons import FinetuneData, evaluate_all, example, read_data, score_table, summarise
+from common.memory import fixed_memory, plan_pieces
 from common.runlog import read_log
 from common.runtime import (
     FREE,
@@ -35,19 +36,10 @@ from common.runtime import (
     run_script,
     say,
 )
-from common.trainer import (
-    RunOptions,
-    Trainer,
-    check_memory,
-    check_micro_batches,
-    estimate_memory,
-    evaluate,
-    open_run,
-    run_lock,
-)
+from common.trainer import RunOptions, Trainer, evaluate, open_run, run_lock
 from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, remove_lora
 
-RECIPE = dict(batch_size=16, grad_accum=1, lr=4e-3, beta2=0.99, schedule="linear")
+RECIPE = dict(batch_size=16, lr=4e-3, beta2=0.99, schedule="linear")
 FULL_RECIPE = RECIPE | dict(lr=2e-3)
 WARMUP = 20  # steps, or a tenth of all if that is less
 EPOCHS = 3  # unless --steps or --minutes say otherwise
@@ -157,7 +149,6 @@ def finetune(options: Options, state, device, dtype) -> None:
     weights = "float32" if options.dtype == "float32" else "auto"
     model, tokenizer = open_model(options.ckpt, device, weights)
     options = with_recipe(options, model.config)
-    micro_batch_size = check_micro_batches(options)
     with main_process_first():
         lesson = read_data(options, tokenizer)
     options = with_steps(options, lesson)
@@ -173,9 +164,9 @@ def finetune(options: Options, state, device, dtype) -> None:
     loaded = sum(p.nbytes for p in model.parameters())  # they lie on the device already
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpointing = options.checkpoint_activations
-    needed = estimate_memory(model, micro_batch_size, options.seq_len, checkpointing, dtype)
-    memory = check_memory(needed - loaded, device)
+    more = fixed_memory(model) - loaded
+    pieces, memory = plan_pieces(options, model.config, more, device, dtype)
+    options = replace(options, grad_accum=pieces)
     kept = "best.pt" if options.full else "adapter_model.safetensors, adapter_config.json"
     lines = [
         f"model    {options.ckpt}: {total:,} parameters, {trained:,} trained"

@@ -22,6 +22,7 @@ from common import data, stories
 from common.chat import TEMPLATE
 from common.checkpoint import build_model, stored_config
 from common.induction import induction_init
+from common.memory import fixed_memory, plan_pieces
 from common.runtime import (
     FREE,
     UsageError,
@@ -40,33 +41,28 @@ from common.runtime import (
 from common.trainer import (
     RunOptions,
     Trainer,
-    check_micro_batches,
     describe,
+    eval_rows,
     evaluate,
     open_run,
-    plan_memory,
     run_lock,
     write_sample,
 )
 from deepseek import PRESETS, Config, DeepSeek
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
-# (5.7T and 8.1T tokens), less the growing of V2's batch. micro_batch_size: rows that a process
-# computes at a time, where its share would not fit on a card (4 rows of 1b fit into 24 GB).
+# (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         batch_size=8, lr=3e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0,
         induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
-    "1b": dict(batch_size=64, micro_batch_size=4, lr=4e-4, warmup=2_000, steps=50_000),
-    "v2-lite": dict(
-        batch_size=4608, micro_batch_size=1, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000
-    ),
-    "v2": dict(
-        batch_size=9216, micro_batch_size=1, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000
-    ),
+    "1b": dict(batch_size=64, lr=4e-4, warmup=2_000, steps=50_000),
+    "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
+    "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }  # fmt: skip
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer tells
 ROUNDS = 10  # that a recipe goes through a text at most
 
 
@@ -81,7 +77,7 @@ class Options(RunOptions):
     )
     fsdp: bool = flag(False, "under torchrun, shard weights and optimizer over processes", FREE)
     low_memory: bool = flag(
-        False, "bf16 weights, 8-bit AdamW (needs torchao), --checkpoint_activations"
+        False, "weights and moments in bf16, rounded at random; --checkpoint_activations"
     )
     induction_init: float | None = flag(
         None, "start attention as a copy, embedding of this std; 0 = off (default: the recipe's)",
@@ -90,17 +86,11 @@ class Options(RunOptions):
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def with_recipe(options: Options) -> Options:
-    """What was not typed, from the size's recipe."""
-    base = Config.preset(options.size, **{"bos_token_id": 0, "eos_token_id": 1} | options.config)
+def with_recipe(options: Options, base: Config) -> Options:
+    """What was not typed, from the recipe of the size, and from its Config."""
     recipe = {"beta2": 0.95, "schedule": "step", "induction_init": 0.0} | RECIPES[options.size]
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
-    batch_size = options.batch_size or recipe["batch_size"]
-    rows = max(1, batch_size // world_size())
-    most = recipe.pop("micro_batch_size", rows)
-    pieces = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
-    recipe["grad_accum"] = next(pieces)
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)
     steps = options.steps or recipe.get("steps")
     recipe["warmup"] = min(recipe["warmup"], (steps or 10**9) // 10)
@@ -143,6 +133,8 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
         raise UsageError("--fsdp shards a model over processes: start them with torchrun")
     if options.low_memory and world_size() > 1:
         raise UsageError("--low_memory is for one process: its rounding is random")
+    if options.low_memory and dtype == torch.float16:
+        raise UsageError("--low_memory keeps weights in bf16, which this card does not compute")
     if options.low_memory and dtype == torch.float32:
         say(options, "note     --low_memory computes in bf16: very slow on this device")
 
@@ -195,13 +187,21 @@ def main() -> None:
     dtype = choose_dtype(options.dtype, device)
     note_dtype(options, state, dtype)
     init_distributed(device)
-    options = options if state else with_recipe(options)
+    if state:
+        config = stored_config(state)
+    else:  # the vocabulary may become smaller by the text
+        config = Config.preset(options.size, **SPECIAL | options.config)
+        options = with_recipe(options, config)
     check_flags(options, dtype)
+    with torch.device("meta"):
+        model = DeepSeek(config).to(torch.bfloat16 if options.low_memory else torch.float32)
+    pieces, memory = plan_pieces(options, config, fixed_memory(model), device, dtype)
+    options = replace(options, grad_accum=pieces)
     with run_lock(options.out):
-        train(options, typed, state, device, dtype)
+        train(options, typed, state, device, dtype, memory)
 
 
-def train(options: Options, typed: dict[str, Any], state, device, dtype) -> None:
+def train(options: Options, typed: dict[str, Any], state, device, dtype, memory: str) -> None:
     """Text, model, run, and what is said of them."""
     torch.manual_seed(options.seed)
     say(options, f"reading  {options.data} (cut into tokens once, then kept)")
@@ -215,22 +215,21 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype) -> None
         raise UsageError("this version of tokenizers cuts the text otherwise: start another run")
     options = options if state else limit_rounds(options, typed, len(corpus.train.ids))
     batches = data.Batches(corpus.train, options.batch_size, options.seq_len, options.seed)
-    micro_batch_size = check_micro_batches(options)
-    rows, tags = max(8, micro_batch_size), (stories.tag_facts, stories.FACT_KINDS) if told else ()
+    config = stored_config(state) if state else choose_config(options, tokenizer)
+    rows, tags = eval_rows(config.vocab_size, options.seq_len), ()
+    if told:
+        tags = stories.tag_facts, stories.FACT_KINDS
     held_out = data.build_eval_set(
         corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens, *tags
     )
     if not held_out.tokens:
         raise UsageError(f"{options.data} is too short to hold anything out: give more text")
 
-    config = stored_config(state) if state else choose_config(options, tokenizer)
-    weights = torch.bfloat16 if options.low_memory else torch.float32
-    memory = plan_memory(options, config, weights, micro_batch_size, device, dtype)
     model = build_model(state) if state else DeepSeek(config)
     if options.induction_init and not state:
         induction_init(model, options.induction_init)
     notes = {"entropy_floor": held_out.entropy_floor}
-    model = model.to(weights)
+    model = model.to(torch.bfloat16 if options.low_memory else torch.float32)
     trainer = Trainer(options, model, tokenizer, corpus.digest, device, dtype, state, notes)
     del state  # its tensors are in use now, or not needed
 

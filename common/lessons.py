@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import chat, data, stories
 from common.runtime import UsageError
-from common.trainer import RunOptions, evaluate, evaluating, write_sample
+from common.trainer import RunOptions, eval_rows, evaluate, evaluating, write_sample
 from deepseek import DeepSeek
 
 TASKS, HELD_OUT_TASKS = 20_000, 300  # of the built-in instructions
@@ -78,7 +78,7 @@ def instructions(
     remarks["no room"] = "left out with too long a question"
     about = [f"{len(examples):,} instructions, {len(kept):,} held out"]
     about += [f"{counts[kind]:,} {text}" for kind, text in remarks.items() if counts[kind]]
-    rows = max(8, options.batch_size // options.grad_accum)
+    rows = eval_rows(tokenizer.get_vocab_size(), options.seq_len)
     held_out = chat.answer_eval_set(kept, tokenizer, rows, options.eval_tokens)
     about, question = ", ".join(about), kept[0].question
     return FinetuneData(batches.get_batch, batches.per_epoch, held_out, digest, about, question)
@@ -109,7 +109,7 @@ def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     """Domain adaptation: documents as in pretraining, cut by the model's own tokenizer."""
     corpus = data.prepare(options.data, tokenizer, data.cache_folder(Path(options.out)))
     batches = data.Batches(corpus.train, options.batch_size, options.seq_len, options.seed)
-    rows = max(8, options.batch_size // options.grad_accum)
+    rows = eval_rows(tokenizer.get_vocab_size(), options.seq_len)
     held_out = data.build_eval_set(
         corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens
     )

@@ -324,7 +324,7 @@ def shard_optimizer_state(
 
 
 # ----------------------------------------------------------------------------------------------
-# Device, dtype, memory
+# Device and dtype
 # ----------------------------------------------------------------------------------------------
 
 
@@ -391,19 +391,3 @@ def note_dtype(options: Any, state: dict[str, Any] | None, dtype: torch.dtype) -
 def autocast(device: torch.device, dtype: torch.dtype):
     """The context in which the model is called: mixed precision, or nothing for fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on the device; None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return None
-    except OSError:
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):
-            return None

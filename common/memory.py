@@ -1,0 +1,180 @@
+"""
+Memory: what is free, what training needs, and how few pieces a batch is cut into for it.
+
+On a CUDA card running out is an exception, so there it is tried (see `Trainer.fit_memory`). On a
+CPU and on MPS the process would be killed, so there an estimate decides beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.runtime import UsageError, world_size
+from deepseek import Config, DeepSeek
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may take
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on the device; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = 1024 * read_number(Path("/proc/meminfo"), "MemAvailable:")
+    except (OSError, ValueError):
+        try:  # macOS
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+    for limit, stat, used in (
+        (CGROUP / "memory.max", CGROUP / "memory.stat", "anon"),
+        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.stat", "total_rss"),
+    ):
+        try:
+            free = min(free, int(limit.read_text()) - read_number(stat, used))
+        except (OSError, ValueError):  # another version of them, or "max": no limit
+            continue
+    return free
+
+
+def read_number(file: Path, name: str) -> int:
+    """The number behind a name at the beginning of a line. Raises OSError or ValueError."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.split()[:1] == [name]:
+            return int(line.split()[1])
+    raise ValueError(f"{file} has no line {name}")
+
+
+def fixed_memory(model: DeepSeek) -> int:
+    """Bytes of the weights, and of the gradients and two moments of those that are trained."""
+    weights = sum(p.nbytes for p in model.parameters())
+    return weights + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def activation_memory(
+    config: Config, rows: int, seq_len: int, checkpointing: bool, dtype: torch.dtype
+) -> int:
+    """Bytes that the backward pass needs of so many rows, roughly. With `fixed_memory`, it was
+    within 25% of what an H100 took for 1b."""
+    c = config
+    heads = c.num_attention_heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)
+    chosen = c.num_experts_per_tok * (2 * c.hidden_size + 5 * c.moe_intermediate_size)
+    layer = 14 * c.hidden_size + 2 * heads + 2 * c.n_routed_experts + chosen
+    layers = c.num_hidden_layers
+    if checkpointing:
+        layers = 1 + layers * c.hidden_size / layer
+    logits = 4 * min(rows * seq_len * c.vocab_size, 2**25)
+    return int(dtype.itemsize * rows * seq_len * layer * layers + 4 * logits + 3e8)
+
+
+def numbers_of_pieces(batch_size: int) -> list[int]:
+    """Into how many pieces of equal rows for each process a batch can be cut. Raises UsageError."""
+    rows, rest = divmod(batch_size, world_size())
+    if rest:
+        raise UsageError(
+            f"--batch_size {batch_size} must be a multiple of the {world_size()} processes"
+        )
+    return [n for n in range(1, rows + 1) if rows % n == 0]
+
+
+def plan_pieces(
+    options, config: Config, fixed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[int, str]:
+    """Into how many pieces a batch is cut, unless that was typed, and what is said of the memory.
+
+    options: a run's, with batch_size and seq_len; fixed: bytes that are needed whatever the pieces,
+    see `fixed_memory`. On a card it is only where trying begins. Raises UsageError where a run
+    cannot fit.
+    """
+    choices = numbers_of_pieces(options.batch_size)
+    if typed := options.grad_accum:
+        if typed not in choices:
+            raise UsageError(
+                f"--batch_size {options.batch_size} must be a multiple of --grad_accum {typed}"
+                f" times the {world_size()} processes"
+            )
+        choices = [typed]
+    copies = world_size() if device.type == "cpu" else 1  # all processes in one memory
+    if not getattr(options, "fsdp", False):
+        fixed *= copies
+    elif device.type == "cuda":
+        fixed //= world_size()
+
+    def needed(pieces: int) -> int:
+        rows = options.batch_size // world_size() // pieces
+        checkpointing = options.checkpoint_activations
+        each = activation_memory(config, rows, options.seq_len, checkpointing, dtype)
+        return fixed + copies * each
+
+    free = free_memory(device)
+    if free is None:
+        return choices[0], f"about {needed(choices[0]) / 2**30:.2f} GiB"
+    pieces, least = choices[0], fixed
+    if device.type != "cuda":
+        pieces = next((n for n in choices if needed(n) <= free), choices[-1])
+        least = needed(pieces)
+    if least > free:
+        raise UsageError(
+            f"about {least / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
+            " free: take a smaller model or --seq_len, more --grad_accum, or"
+            " --checkpoint_activations"
+        )
+    return pieces, f"about {least / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
+
+
+# ----------------------------------------------------------------------------------------------
+# An optimizer for little memory
+# ----------------------------------------------------------------------------------------------
+
+
+class LowMemoryAdamW(torch.optim.Optimizer):
+    """AdamW whose weights and moments are bf16: with the gradient 8 bytes a parameter, not 16.
+
+    bf16 has 8 bits, and a step is often smaller than their spacing. So what is stored is rounded
+    up or down at random, with the chances that make it right in the mean.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], compiled: bool):
+        super().__init__(groups, dict(lr=lr, betas=betas))
+        self.update = adamw_update
+        if compiled:  # one kernel for all tensors, which is bound by reading them once
+            self.update = torch.compile(adamw_update, dynamic=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            n = group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            numbers = beta1, beta2, lr * group["weight_decay"], lr / (1 - beta1**n), 1 - beta2**n
+            numbers = torch.tensor(numbers, device=trained[0].device).unbind()
+            for p in trained:
+                state = self.state[p]
+                if not state:
+                    state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+                self.update(p.view(-1), p.grad.reshape(-1), *moments, *numbers)
+
+
+def adamw_update(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, beta1, beta2, decay, lr, correction
+) -> None:
+    """One step on flat tensors [n] in bf16, in place; the others are 0-d, so that one compilation
+    serves all steps. decay: rate times weight decay; lr: with the correction of m's start."""
+    g, w = grad.float(), p.float()
+    m32 = g + beta1 * (m.float() - g)
+    v32 = g * g + beta2 * (v.float() - g * g)
+    w = w - decay * w - lr * m32 / ((v32 / correction).sqrt() + 1e-8)
+    for stored, exact in ((p, w), (m, m32), (v, v32)):
+        stored.copy_(round_at_random(exact))
+
+
+def round_at_random(x: Tensor) -> Tensor:
+    """fp32 to one of the two nearest bf16, with chances that keep the mean. [n] -> [n]."""
+    # bf16 is the upper half of fp32's bits: what is added to the lower half carries over or not.
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
