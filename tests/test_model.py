@@ -372,6 +372,27 @@ def test_outgrowing_the_cache_or_the_context_is_refused(T, places, end):
 # --- router, losses, experts -------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_in_fp16_neither_scores_nor_the_residual_stream_outgrow_it():
+    lite = Config.preset("v2-lite", hidden_size=64, num_attention_heads=2)
+    torch.manual_seed(0)
+    exact = deepseek.MLA(lite)
+    given = [12 * torch.randn(1, 3, 2, 128), torch.randn(1, 3, 2, 64)]
+    given += [600 * torch.randn(1, 9, 512), torch.randn(1, 9, 64)]
+    w_uk = exact.kv_b_proj.weight.view(2, 256, 512)[:, :128]
+    scores = torch.einsum("bthn, hnr, bsr -> bhts", given[0], w_uk, given[2])
+    assert scores.abs().max() > 65_504 > scores.abs().max() * exact.scale
+    got = deepseek.MLA(lite).half()
+    got.load_state_dict(exact.state_dict())
+    close(got.absorbed(*(t.half() for t in given), None), exact.absorbed(*given, None), 0.05)
+
+    model = random_model(small()).half()
+    model.model.embed_tokens.weight[:] = 60_000.0  # fp16 ends at 65,504
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:] = 100 * layer.self_attn.o_proj.weight.sign()
+    assert torch.isfinite(model(torch.arange(60).view(2, 30)).logits).all()
+
+
 def test_norm_topk_prob_normalises_instead_of_scaling():
     for K, norm in ((3, True), (1, False)):
         config = small(norm_topk_prob=True, num_experts_per_tok=K, routed_scaling_factor=16.0)

@@ -1,0 +1,208 @@
+"""What is free, what is needed, cutting a batch by trying, and the optimizer for little memory."""
+
+import copy
+import time
+
+import pytest
+import torch
+from conftest import MODEL, log_of, random_model, same, small
+
+import train
+from common import data, memory, trainer
+from common.runtime import UsageError
+from deepseek import Config, DeepSeek
+
+CPU = torch.device("cpu")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
+def batch_at(step):
+    numbers = torch.Generator().manual_seed(step)
+    return torch.randint(0, 96, (2, 8, 12), generator=numbers).unbind()
+
+
+def evaluation():
+    rows = [(torch.zeros(6, 12, dtype=torch.long), torch.ones(6, 12, dtype=torch.long))]
+    return data.EvalSet(rows, 72, 72)
+
+
+class Card:
+    """Stands in for a card: a model, an optimizer, that run out of memory above some size."""
+
+    def __init__(self, folder, **flags):
+        recipe = dict(steps=4, lr=0.01, beta2=0.95, warmup=2, schedule="step", batch_size=8)
+        flags = dict(grad_accum=1, seq_len=12) | recipe | flags
+        folder.mkdir()
+        options = train.Options(out=str(folder), eval_every=2, **flags)
+        drops = dict(n_group=4, topk_group=2, token_drop_capacity=1.0)  # draws random numbers
+        self.model = random_model(small(**drops))
+        tokenizer = data.train_tokenizer(["a b c"], 258)
+        self.run = trainer.Trainer(options, self.model, tokenizer, "", CPU, torch.float32)
+        self.calls = 0
+
+    def fails(self, when) -> None:
+        """Let the model fail when(rows, calls so far, less) says so. less: whether activations are
+        checkpointed, None in an evaluation."""
+
+        def check(module, args, kwargs):
+            self.calls += 1
+            if when(len(args[0]), self.calls, kwargs.get("checkpoint_activations")):
+                raise FULL
+
+        self.model.register_forward_pre_hook(check, with_kwargs=True)
+
+    def fit(self):
+        self.run.on_card = True
+        held_out = evaluation()
+        judge = lambda: trainer.evaluate(self.model, held_out, CPU, torch.float32)  # noqa: E731
+        self.run.fit(batch_at, judge, lambda: "")
+        return self.model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "strikes, pieces, less",
+    [
+        (lambda rows, calls, less: rows > 4, 2, False),
+        (lambda rows, calls, less: rows > 2, 4, False),  # also in evaluations, of six rows
+        (lambda rows, calls, less: calls == 3, 2, False),  # after the evaluation, a second piece
+        (lambda rows, calls, less: rows > 1 or less is False, 8, True),
+    ],
+)
+def test_what_does_not_fit_is_cut_finer_to_the_bits_of_as_many_pieces(
+    strikes, pieces, less, tmp_path
+):
+    card = Card(tmp_path / "a", grad_accum=1)
+    card.fails(strikes)
+    torch.manual_seed(7)
+    found = card.fit()
+    by_hand = Card(tmp_path / "b", grad_accum=pieces, checkpoint_activations=less)
+    torch.manual_seed(7)
+    assert same(found, by_hand.fit())
+    state = trainer.load_checkpoint(tmp_path / "a" / "ckpt.pt")  # with which --resume begins
+    assert state["args"]["grad_accum"] == pieces and state["args"]["checkpoint_activations"] == less
+    assert [r["step"] for r in log_of(tmp_path / "a") if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_a_step_that_outgrows_the_memory_later_is_taken_again_in_more_pieces(tmp_path):
+    card, by_hand = (Card(tmp_path / name, grad_accum=2) for name in "ab")
+    torch.manual_seed(7)
+    expected = [by_hand.run.train_step(*batch_at(step))[0]["loss"] for step in range(2)]
+    assert by_hand.run.cut_finer()
+    expected += [by_hand.run.train_step(*batch_at(step))[0]["loss"] for step in range(2, 4)]
+    card.fails(lambda rows, calls, less: calls == 6)  # the second piece of the third step
+    torch.manual_seed(7)
+    assert [card.run.train_step(*batch_at(step))[0]["loss"] for step in range(4)] == expected
+    assert same(card.model.state_dict(), by_hand.model.state_dict())
+    assert card.run.options.grad_accum == 4
+
+
+def test_moments_are_there_before_the_first_step_and_change_nothing(tmp_path):
+    card, plain = Card(tmp_path / "a"), Card(tmp_path / "b")
+    before = copy.deepcopy(card.model.state_dict())
+    card.run.allocate_moments()
+    assert same(card.model.state_dict(), before)
+    for p in card.model.parameters():
+        assert not card.run.optimizer.state[p]["exp_avg"].any()
+    for each in (card, plain):
+        torch.manual_seed(0)
+        each.run.train_step(*batch_at(0))
+    assert same(card.model.state_dict(), plain.model.state_dict())
+    card.run.optimizer.step = lambda: (_ for _ in ()).throw(FULL)
+    card.run.optimizer.state.clear()
+    with pytest.raises(UsageError, match="memory runs out at --grad_accum 8"):
+        card.run.fit_memory(*batch_at(0))
+
+
+def test_the_estimate_is_near_what_a_card_took():
+    shape = dict(moe_intermediate_size=320, n_routed_experts=64, num_experts_per_tok=6)
+    config = Config.preset("1b", **shape)
+    with torch.device("meta"):  # as it was measured on an H100, in GiB, at rows of 1,024 tokens
+        fixed = memory.fixed_memory(DeepSeek(config))
+        low = memory.fixed_memory(DeepSeek(config).to(torch.bfloat16))
+    for rows, checkpointing, measured in ((8, False, 22.7), (16, False, 32.2), (16, True, 16.5)):
+        more = memory.activation_memory(config, rows, 1024, checkpointing, torch.bfloat16)
+        assert (fixed + more) / 2**30 == pytest.approx(measured, rel=0.25)
+    assert fixed == 2 * low
+
+
+@pytest.mark.parametrize("processes, pieces", [(1, 16), (2, 16), (4, 16)])
+def test_on_a_cpu_the_estimate_chooses_the_pieces(processes, pieces, monkeypatch):
+    monkeypatch.setattr(memory, "world_size", lambda: processes)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    config = Config.preset("tiny")
+    rows = 64 // processes // pieces
+    needed = memory.activation_memory(config, rows, 256, False, torch.float32) + 10**6
+    options, free = train.Options(batch_size=64, seq_len=256), processes * needed + 1
+    assert memory.plan_pieces(options, config, 10**6, CPU, torch.float32)[0] == pieces
+    free /= 1000
+    with pytest.raises(UsageError, match="GiB of memory are needed"):
+        memory.plan_pieces(options, config, 10**6, CPU, torch.float32)
+    options = train.Options(batch_size=64, seq_len=256, grad_accum=7)
+    with pytest.raises(UsageError, match=f"--grad_accum 7 times the {processes} processes"):
+        memory.plan_pieces(options, config, 10**6, CPU, torch.float32)
+
+
+def test_a_container_has_the_memory_that_its_limit_leaves(tmp_path, monkeypatch):
+    whole = memory.free_memory(CPU)
+    assert whole > 2**28
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{2**28}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {2**27}\nfile 5\n")
+    assert memory.free_memory(CPU) == 2**27
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory(CPU) > 2**28
+
+
+def test_a_model_that_cannot_fit_is_refused_before_any_text_is_read(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "prepare", lambda *_, **__: pytest.fail("text was read"))
+    began = time.perf_counter()
+    code, _, err = run(f"train --size v2 --out {tmp_path}/o")
+    assert code == 2 and "GiB of memory are needed" in err
+    assert time.perf_counter() - began < 20  # a second where nothing else runs
+
+
+# --- weights and moments in bf16 ----------------------------------------------------------------
+
+
+def test_rounding_at_random_is_right_in_the_mean_and_takes_a_neighbour():
+    torch.manual_seed(0)
+    x = torch.tensor([1.001, -3.3, 2e-30, 65000.0, 0.0])
+    rounded = memory.round_at_random(x.repeat(40_000, 1).flatten()).view(-1, 5)
+    close = (rounded.float() / x).nan_to_num(1.0)
+    assert (close - 1).abs().max() <= 2**-7
+    assert torch.allclose(rounded.double().mean(0), x.double(), rtol=1e-4)
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(memory.round_at_random(exact.float()), exact)
+
+
+def test_a_step_for_little_memory_is_adamw_in_the_mean():
+    def optimizer_of(weight, low_memory):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(weight)
+        return layer.weight, trainer.make_optimizer(layer, 1e-3, 0.5, 0.95, low_memory)
+
+    torch.manual_seed(0)
+    start = torch.randn(1, 64).bfloat16()
+    exact, adamw = optimizer_of(start.float(), False)
+    many, ours = optimizer_of(start.repeat(4000, 1), True)
+    for step in range(4):
+        grad = torch.randn(1, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        exact.grad, many.grad = grad.float(), grad.repeat(4000, 1)
+        adamw.step(), ours.step()
+    moved = (exact - start).abs().mean()
+    assert moved > 2e-3  # half of a spacing of bf16, and less where weights are small
+    assert (many.float().mean(0) - exact).abs().max() < 0.1 * moved
+
+
+def test_low_memory_trains_in_bf16_and_resumes_to_the_same_bits(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --low_memory --schedule constant --warmup 0 --lr 1e-2"
+    assert "very slow" in run(f"{line} --steps 6 --out {tmp_path}/a")[1]
+    assert run(f"{line} --steps 3 --out {tmp_path}/b")[0] == 0
+    assert run(f"train --resume --steps 6 --out {tmp_path}/b")[0] == 0
+    a, b = (trainer.load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
+    moments = [m["exp_avg"] for m in a["optimizer"]["state"].values()]
+    assert {t.dtype for t in [*a["model"].values(), *moments]} == {torch.bfloat16}
+    assert same(a["model"], b["model"])
+    losses = [r["loss"] for r in log_of(tmp_path / "a")[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    assert run(f"sample --ckpt {tmp_path}/a/ckpt.pt --max_new_tokens 3")[0] == 0
