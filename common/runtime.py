@@ -67,15 +67,24 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError as error:
-        what = str(error).splitlines()[0]
+        what = first_line(error)
         leave(f"{what} Take less at a time: more --grad_accum, a shorter --seq_len or prompt.")
     except OSError as error:  # a disk that is full, or fails
-        leave(str(error).splitlines()[0])
+        leave(first_line(error))
     except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not is_compile_error(error):
             raise
-        what = str(error).strip().splitlines()[0]
-        leave(f"torch.compile fails here ({what}): leave --compile out")
+        leave(f"torch.compile fails here ({first_line(error)}): leave --compile out")
+
+
+def is_compile_error(error: Exception) -> bool:
+    """Whether torch.compile has failed, not what it compiles."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def keep_freed_memory() -> None:
@@ -354,9 +363,8 @@ def choose_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).add_(1).item()  # a card too old for this torch fails here
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"device {str(device)!r} does not compute ({reason}): try --device cpu"
+            f"device {str(device)!r} does not compute ({first_line(error)}): try --device cpu"
         ) from error
     return device
 

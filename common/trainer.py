@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.data import IGNORE, EvalSet, encode_with_bos
+from common.data import IGNORE, EvalSet, cache_folder, encode_with_bos
 from common.formats import lora_state
 from common.memory import LowMemoryAdamW, numbers_of_pieces
 from common.runlog import Log, draw_curves, rounded
@@ -44,8 +44,10 @@ from common.runtime import (
     UsageError,
     all_reduce_sum,
     autocast,
+    first_line,
     flag,
     gather_full,
+    is_compile_error,
     rank,
     resume_options,
     say,
@@ -106,7 +108,10 @@ class RunOptions:
         "auto", "of the matrix products; auto is bfloat16 where the machine computes it", FREE,
         choices=["auto", *DTYPES],
     )  # fmt: skip
-    compile: bool = flag(False, "use torch.compile", ROUNDING)
+    compile: str = flag(
+        "auto", "torch.compile for the blocks; auto: where it works and the run is long", ROUNDING,
+        choices=["auto", "on", "off"],
+    )  # fmt: skip
     checkpoint_activations: bool = flag(False, "less memory, slower", ROUNDING)
     log_level: str = flag("info", "quiet: errors only", FREE, choices=["quiet", "info"])
 
@@ -199,6 +204,17 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
 
 
+def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
+    """Whether the blocks go through torch.compile, and why."""
+    if options.compile != "auto":
+        return options.compile == "on", "--compile on"
+    if (options.minutes or 0) < 3 and (options.steps or 0) < 1000:
+        return False, "a short run"
+    if dtype == torch.float32:  # grouped products are not traced then
+        return False, "it gains little in fp32"
+    return device.type in ("cpu", "cuda"), "--compile off leaves it out"
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
     if step < warmup:
@@ -228,7 +244,8 @@ def evaluating(model: DeepSeek) -> Iterator[None]:
     if is_sharded:
         model.unshard()  # generation calls the parts one by one, which does not gather them
     try:
-        with torch.no_grad():
+        # not compiled: its shapes are others, and each would be compiled anew
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(mode)
@@ -335,6 +352,13 @@ class Trainer:
         self.forward = self.model = model.train()
         self.on_card = device.type == "cuda"  # where running out of memory can be tried
         self.out = Path(options.out)
+        self.compiled, self.why = choose_compile(options, device, dtype)
+        self.options = replace(options, compile="on" if self.compiled else "off")
+        if self.compiled:
+            kernels = cache_folder(self.out) / "kernels"
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+            for layer in model.model.layers:  # two graphs serve all: dense blocks and MoE blocks
+                layer.compile(dynamic=None if "ckpt" in vars(options) else False)
         is_sharded = getattr(options, "fsdp", False)
         if is_sharded:  # before it moves: the whole may not fit on the device
             mesh = init_device_mesh(device.type, (world_size(),))  # not that of a card beside
@@ -346,7 +370,7 @@ class Trainer:
             # without a copy of the gradients
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
         low_memory = getattr(options, "low_memory", False)
-        recipe = options.lr, options.weight_decay, options.beta2, low_memory, options.compile
+        recipe = options.lr, options.weight_decay, options.beta2, low_memory, self.compiled
         self.optimizer = make_optimizer(model, *recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps = options.steps  # None until --minutes has been measured
@@ -368,15 +392,13 @@ class Trainer:
             "tokenizers": tokenizers.__version__,
         }
         header = {
-            "args": asdict(options),
+            "args": asdict(self.options),
             "config": asdict(model.config),
             "versions": self.versions,
             "parameters": model.num_parameters(),
             **(notes or {}),
         }
         self.log = Log(self.out, header, self.step if state else None)
-        if options.compile:
-            self.forward = torch.compile(self.forward)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where a checkpoint was made. Raises UsageError where its parts do not fit."""
@@ -483,7 +505,8 @@ class Trainer:
             except torch.OutOfMemoryError:
                 failed = True
             # the bare model: a process that fails must not leave others waiting for its gradients
-            failed = failed or self.forward_backward(self.model, inputs, targets, 2) is None
+            with torch.compiler.set_stance("force_eager"):
+                failed = failed or self.forward_backward(self.model, inputs, targets, 2) is None
             self.optimizer.zero_grad()
             set_random_state(self.device, state)
             if not self.agree(failed):
@@ -498,6 +521,23 @@ class Trainer:
                     "checkpoint_activations": self.options.checkpoint_activations,
                 }
             )
+
+    def compile_now(self, inputs: Tensor, targets: Tensor) -> None:
+        """Compile on one piece of a batch; where that fails, say so and go on without."""
+        state, began = random_state(self.device), time.perf_counter()
+        try:
+            self.forward_backward(self.model, inputs, targets, 1)
+            seconds = time.perf_counter() - began
+            say(self.options, f"compile  the blocks, in {seconds:.0f} s ({self.why})")
+        except RuntimeError as error:
+            if not is_compile_error(error):
+                raise
+            for layer in self.model.model.layers:
+                layer._compiled_call_impl = None  # what layer.compile() has set
+            self.options = replace(self.options, compile="off")
+            say(self.options, f"compile  fails here, goes on without: {first_line(error)}")
+        self.optimizer.zero_grad()
+        set_random_state(self.device, state)
 
     def allocate_moments(self) -> None:
         """The optimizer's state, as it is before the first step, which would make it."""
@@ -644,6 +684,8 @@ class Trainer:
             pause = time.perf_counter() - began
             if self.on_card and not getattr(options, "fsdp", False):  # whose processes must meet
                 self.fit_memory(*get_batch(self.step))
+            if self.compiled:
+                self.compile_now(*get_batch(self.step))
             self.stop = self.agree(self.stop_requested) > 0
             while not self.stop and self.step < (self.steps or math.inf):
                 tick = time.perf_counter()
