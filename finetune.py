@@ -9,6 +9,7 @@ Teach a trained model to do what it is told, with LoRA: small matrices beside fr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from common.checkpoint import load_checkpoint, open_model
 from common.formats import load_lora, save_lora
 from common.lessons import FinetuneData, evaluate_all, example, read_data, score_table, summarise
 from common.memory import fixed_memory, plan_pieces
+from common.rehearsal import Rehearsal
 from common.runlog import read_log
 from common.runtime import (
     FREE,
@@ -62,6 +64,7 @@ class Options(RunOptions):
     dropout: float = flag(0.0, "before it", low=0, high=0.99)
     target_modules: list[str] = flag(TARGETS, "layers to adapt, by name")
     full: bool = flag(False, "train all weights, without LoRA")
+    rehearsal: int = flag(4, "documents in a step that the base writes, not to forget", low=0)
 
 
 def check_flags(options: Options, typed: dict[str, Any]) -> None:
@@ -156,6 +159,10 @@ def finetune(options: Options, state, device, dtype) -> None:
     if state and (state["text"] != digest or state["tokenizer"] != tokenizer.to_str()):
         raise UsageError(f"--data {options.data} or --ckpt {options.ckpt} is not that of the run")
 
+    keep = None
+    if options.rehearsal:  # adapters leave the weights as they are, so the base shares them
+        base = copy.deepcopy(model, {} if options.full else {id(p): p for p in model.parameters()})
+        keep = Rehearsal(base, tokenizer, options.rehearsal, options.seq_len, options.seed, dtype)
     if options.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:
@@ -189,7 +196,10 @@ def finetune(options: Options, state, device, dtype) -> None:
         except (KeyError, RuntimeError, TypeError) as error:
             raise UsageError(f"the checkpoint in {options.out} does not fit its base") from error
     notes = {"text": lesson.about}
-    trainer = Trainer(options, model, tokenizer, digest, device, dtype, state, notes)
+    trainer = Trainer(
+        options, model, tokenizer, digest, device, dtype, state, notes,
+        keep and (lambda *part: {"rehearsal": keep.loss(model, *part)}),
+    )  # fmt: skip
     del state  # its tensors are in use now, or not needed
     trainer.fit(
         lesson.get_batch,

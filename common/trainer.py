@@ -339,16 +339,18 @@ class Trainer:
     """One run: a model, its optimizer, where it stands, and how it goes on.
 
     digest: of the text that it is trained on. state: the checkpoint to go on from, or None. notes:
-    what else the header of the log holds. The run leaves ckpt.pt, log.jsonl and curves.png in
-    options.out.
+    what else the header of the log holds. more_losses(step, piece, pieces): what else is to become
+    small, by name, a share of it for each piece. The run leaves ckpt.pt, log.jsonl and curves.png
+    in options.out.
     """
 
     def __init__(
         self, options: RunOptions, model: DeepSeek, tokenizer, digest: str, device, dtype,
         state: dict[str, Any] | None = None, notes: dict[str, Any] | None = None,
+        more_losses: Callable[[int, int, int], dict[str, Tensor]] | None = None,
     ):  # fmt: skip
         self.options, self.tokenizer, self.digest = options, tokenizer, digest
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.more_losses = device, dtype, more_losses
         self.forward = self.model = model.train()
         self.on_card = device.type == "cuda"  # where running out of memory can be tried
         self.out = Path(options.out)
@@ -483,6 +485,10 @@ class Trainer:
                         name: loss * share if name == "cross_entropy" else loss / shares
                         for name, loss in out.losses.items()
                     }
+                    if self.more_losses:
+                        part = (i - 1) * world_size() + rank()
+                        with autocast(self.device, self.dtype):
+                            own |= self.more_losses(self.step, part, shares)
                     # world_size(): the engines take the mean of the processes' gradients
                     self.scaler.scale(sum(own.values()) * world_size()).backward()
                 losses = {n: losses.get(n, 0.0) + v.detach() for n, v in own.items()}

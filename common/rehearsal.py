@@ -1,0 +1,82 @@
+"""
+What keeps fine-tuning from forgetting: text that the base itself writes, of which the tuned model
+is to think what the base thinks.
+
+A model that is taught answers alone loses everything else. The text that it once learned from is
+seldom at hand, but the base can write more of the kind. On that the divergence from the base is
+added to the loss, as in "Learning without Forgetting" (arXiv 1606.09282): where nothing is asked,
+nothing is to change.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common.data import IGNORE, pad
+from common.runtime import autocast
+from deepseek import DeepSeek
+
+DOCUMENTS = 600  # that the base writes
+
+
+class Rehearsal:
+    """Documents by the base, and how far a model has gone away from the base on them."""
+
+    def __init__(
+        self, base: DeepSeek, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int, dtype
+    ):
+        """rows: documents in a step, of at most seq_len tokens. base is kept: it is compared with
+        at each step."""
+        self.base, self.rows, self.seed = base.eval(), rows, seed
+        self.device = base.lm_head.weight.device
+        config, generator = base.config, torch.Generator(self.device).manual_seed(seed)
+        self.documents: list[np.ndarray] = []
+        while len(self.documents) < DOCUMENTS:
+            with autocast(self.device, dtype):
+                stream = base.generate(
+                    [[config.bos_token_id]] * 50, seq_len, stop=config.eos_token_id,
+                    vocab_size=tokenizer.get_vocab_size(), generator=generator,
+                )  # fmt: skip
+                written = torch.stack(list(stream), 1).cpu().numpy()  # 50 t
+            for ids in written:
+                ends = np.flatnonzero(ids == config.eos_token_id)
+                ids = ids[: ends[0] + 1] if len(ends) else ids
+                self.documents.append(np.array([config.bos_token_id, *ids])[: seq_len + 1])
+
+    def loss(self, model: DeepSeek, step: int, piece: int, pieces: int) -> Tensor:
+        """The mean divergence per token, in nats, of the step's documents of one piece of so many:
+        a scalar. It depends on seed and step alone."""
+        rng = np.random.default_rng([self.seed, step])
+        chosen = rng.choice(len(self.documents), self.rows, replace=False)
+        some = [self.documents[i] for i in chosen]
+        ids = pad([d[:-1] for d in some], 0).to(self.device)  # b t
+        real = (pad([d[1:] for d in some], IGNORE) != IGNORE).to(self.device)  # b t
+        mine = slice(piece * self.rows // pieces, (piece + 1) * self.rows // pieces)
+        if mine.start == mine.stop:  # there are more pieces than documents
+            return torch.zeros((), device=self.device)
+        return divergence(self.base, model, ids[mine], real[mine]) / real.sum()
+
+
+def divergence(base: DeepSeek, model: DeepSeek, ids: Tensor, real: Tensor) -> Tensor:
+    """The sum over real places of ids [b, t] of KL(base, model): sum_v p(v) log(p(v) / q(v)).
+
+    Logits are made in chunks and made again in the backward pass, as in `DeepSeek.cross_entropy`.
+    """
+    with torch.no_grad():
+        wanted = base.model(ids)[0][real]  # n D
+    said = model.model(ids)[0][real]  # n D
+
+    def chunk_loss(wanted: Tensor, said: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = base.lm_head(wanted).float().log_softmax(-1)  # n V
+        q = model.lm_head(said).float().log_softmax(-1)  # n V
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+
+    chunk = max(1, 2**25 // base.config.vocab_size)
+    chunks = zip(wanted.split(chunk), said.split(chunk), strict=True)
+    return sum(checkpoint(chunk_loss, *part, use_reentrant=False) for part in chunks)
