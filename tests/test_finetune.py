@@ -33,10 +33,10 @@ def cats(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([" ".join(pair) for pair in PAIRS], 320, [chat.TEMPLATE])
+    return data.train_tokenizer([chat.TEMPLATE, *(" ".join(pair) for pair in PAIRS)], 320)
 
 
-def test_json_jsonl_and_alpaca_from_the_hub_are_read(tmp_path, monkeypatch):
+def test_json_and_jsonl_are_read(tmp_path):
     content = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "more": 1},
         {"instruction": "Say\u2028hi.", "output": "hi"},  # no end of a line in .jsonl
@@ -46,55 +46,35 @@ def test_json_jsonl_and_alpaca_from_the_hub_are_read(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    hub = {("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"): tmp_path / "a.json"}
-    monkeypatch.setattr(chat, "download", lambda *what: hub[what])
-    for source in (tmp_path / "a.json", tmp_path / "a.jsonl", "alpaca"):
-        assert chat.read_instructions(str(source)) == expected
+    for name in ("a.json", "a.jsonl"):
+        assert chat.read_instructions(tmp_path / name) == expected
+    for lacking in ({"output": "b"}, {"instruction": "a", "input": 3, "output": "b"}):
+        (tmp_path / "b.json").write_text(json.dumps([content[0], lacking]))
+        with pytest.raises(UsageError, match='row 2 lacks an "instruction" and an "output"'):
+            chat.read_instructions(tmp_path / "b.json")
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.json", '[{"instruction": "a", "output": "b"}, {"output": "b"}]', "a.json row 2 is not"),
-        ("a.json", '[{"instruction": "a", "input": 3, "output": "b"}]', "a.json row 1 is not"),
-        ("a.json", '[{"instruction": "\\ud800", "output": "b"}]', "row 1 holds half a surrogate"),
-        ("a.json", "[", "a.json is not JSON"),
-        ("a.json", '{"instruction": "a", "output": "b"}', "must be a list of rows, not dict"),
-        ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
-    ],
-)
-def test_unusable_rows_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=message):
-        chat.read_instructions(str(tmp_path / name))
-
-
-def test_equal_questions_are_held_out_together_and_never_nothing():
+def test_equal_questions_are_held_out_together_and_at_least_one():
     pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
-    taught, held_out = chat.hold_out(pairs)
-    assert sorted(taught + held_out) == sorted(pairs)
-    assert not {q for q, _ in taught} & {q for q, _ in held_out}
-    assert 0 < len(held_out) < 0.15 * len(pairs)
-    for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3], [("q5", "a"), ("q5", "b"), ("q68", "c")]):
-        taught, held_out = chat.hold_out(few)
-        assert taught and held_out and not {q for q, _ in taught} & {q for q, _ in held_out}
-    with pytest.raises(UsageError, match="questions: give at least 2"):
-        chat.hold_out(PAIRS[:1] * 5)
+    for some in (pairs, PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
+        taught, held_out = chat.hold_out(some)
+        assert sorted(taught + held_out) == sorted(some) and taught
+        assert not {q for q, _ in taught} & {q for q, _ in held_out}
+        assert 0 < len(held_out) < max(2, 0.15 * len(some))
 
 
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
-    (example,), counts = chat.make_examples([PAIRS[3]], tokenizer, 100)
-    assert not any(counts.values())
+    (example,), remarks = chat.make_examples([PAIRS[3]], tokenizer, 100)
+    assert not any(remarks.values())
     text = "User: How big is cat 3?\n\nAssistant: Cat 3 is big."
-    assert example.ids.tolist() == [0, *tokenizer.encode(text).ids, 1]
-    inputs, targets = chat.answers([example])
-    assert inputs.tolist() == [example.ids[:-1].tolist()]
-    counted = targets[targets != data.IGNORE]
-    assert tokenizer.decode(counted[:-1].tolist()) == " Cat 3 is big." and counted[-1] == 1
-    assert torch.equal(targets[0, -len(counted) :], counted)
+    ids = [0, *tokenizer.encode(text).ids, 1]
+    assert example.inputs.tolist() == ids[:-1]
+    counted = example.targets[example.targets != data.IGNORE]
+    assert tokenizer.decode(counted[:-1]) == " Cat 3 is big." and counted[-1] == 1
+    assert example.targets[-len(counted) :].tolist() == ids[-len(counted) :]
     # Special tokens typed into a question or an answer stay text.
     (example,), _ = chat.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
-    assert example.ids[[0, -1]].tolist() == [0, 1] and example.ids[1:-1].min() > 1
+    assert example.inputs[0] == 0 and example.inputs[1:].min() > 1 and example.targets[-1] == 1
 
 
 def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tokenizer):
@@ -108,16 +88,18 @@ def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tok
         (len(whole) - 2, 1, 0),
         (len(whole) - 1, 0, 0),  # eos is a target and no input
     ):
-        examples, counts = chat.make_examples(pairs, tokenizer, seq_len)
-        assert counts == {"cut": cut, "empty": 1, "no room": no_room}, seq_len
+        examples, remarks = chat.make_examples(pairs, tokenizer, seq_len)
+        assert remarks["answers cut"] == cut and remarks["left out without an answer"] == 1
+        assert remarks["left out with too long a question"] == no_room == 1 - len(examples)
         for example in examples:  # a cut answer does not end
-            assert example.ids.tolist() == whole[: seq_len + 1] and example.question == question
+            assert [*example.inputs, example.targets[-1]] == whole[: seq_len + 1]
+            assert example.question == question
 
 
 def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_anew():
     lengths = np.random.default_rng(0).integers(6, 90, 500)
     ids = [np.arange(i + 2, i + 2 + length) for i, length in enumerate(lengths)]
-    examples = [chat.Example("", row, 3) for row in ids]  # the first id tells which one it is
+    examples = [chat.Example("", row, row) for row in ids]  # the first id tells which one it is
     one, two, other = (chat.AnswerBatches(examples, 8, seed) for seed in (1, 1, 2))
     assert one.per_epoch == 63
     epoch = [one.get_batch(step)[0] for step in range(63)]
@@ -138,17 +120,17 @@ def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_ane
 def test_padding_changes_nothing(tokenizer, trained):
     model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
     pairs = [("Big?", "Yes."), ("Cat 7?", "Cat 7 is big, very big."), ("Who?", "I")]
-    examples, _ = chat.make_examples(pairs, tokenizer, 31)
-    assert len({len(e.ids) for e in examples}) == 3
+    rows = [example[1:] for example in chat.make_examples(pairs, tokenizer, 31)[0]]
+    assert len({len(inputs) for inputs, _ in rows}) == 3
     with torch.no_grad():
-        together = model(*chat.answers(examples)).loss
-        alone = [model(*chat.answers([e])).loss for e in examples]
-    sizes = torch.tensor([float(len(e.ids) - e.answer) for e in examples])
+        together = model(*data.pad(rows)).loss
+        alone = [model(*data.pad([row])).loss for row in rows]
+    sizes = torch.tensor([float((targets != data.IGNORE).sum()) for _, targets in rows])
     expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
     assert together.item() == pytest.approx(expected.item(), rel=1e-5)
-    windows = chat.answer_eval_set(examples, tokenizer, 2, 10**9)
-    assert windows.tokens == sizes.sum() and len(windows.rows) == 2
-    assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
+    held_out = data.make_eval_set(rows, tokenizer, 2)
+    assert held_out.tokens == sizes.sum() and len(held_out.rows) == 2
+    assert held_out.bytes == sum(len(f" {a}") for _, a in pairs)
 
 
 @pytest.mark.parametrize("full", ["", "--full"])
@@ -321,18 +303,17 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ended += ids[-1] == 1
         expected.append(tokenizer.decode(ids[start:]).strip())
     assert 0 < ended < len(set(expected)) == len(questions)
-    for rows_at_a_time in (4, 1):
-        assert lessons.answer(model, tokenizer, questions, rows_at_a_time) == expected
+    assert lessons.answer(model, tokenizer, questions) == expected
+    assert lessons.answer(model, tokenizer, questions * 11) == expected * 11
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("--data {tmp}/cats.csv", "must be stories, alpaca, a .json"),
-        ("--data {tmp}/none.json", "none.json cannot be read"),
-        ("--data {tmp}/empty.json", "questions: give at least 2"),
+        ("--data {tmp}/none.json", "none.json' is no text that can be read"),
+        ("--data {tmp}/empty.json", "too little that fits into 32 tokens (0 instructions, 0 held"),
         ("--data stories:0", "N from 1"),
-        ("--data {tmp}/long.json", "0 have an answer and fit into 32 tokens"),
+        ("--data {tmp}/long.json", "0 held out, 1 left out with too long a question)"),
         ("--data stories", "need a context of"),
         ("--data {cats} --full --lora_rank 4", "--lora_rank is of adapters"),
         ("--data {cats} --rank 4", "--rank is called --lora_rank now"),
