@@ -8,11 +8,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common import data, stories
-from common.data import BOS, EOS, SEPARATOR, Batches, Tokens
+from common.data import SEPARATOR, Batches, Tokens
 from common.runtime import UsageError
 
 TEXTS = [
@@ -27,11 +25,6 @@ def corpus(tmp_path):
     return path
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(TEXTS, 400)
-
-
 def parts_of(ready):
     """The texts of both parts of a prepared corpus."""
     return [[ready.tokenizer.decode(ids) for ids in part] for part in (ready.train, ready.val)]
@@ -42,19 +35,10 @@ def documents_of(path, content):
     return list(data.read_documents([path]))
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=st.text() | st.sampled_from(["\0", "\r\n \t", "x" * 100_000, f"a{BOS}b{SEPARATOR}"]))
-def test_any_unicode_string_survives_the_tokenizer(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
-def test_a_tokenizer_spells_numbers_and_special_tokens():
+def test_a_tokenizer_learns_no_more_than_there_is_and_no_numbers():
     tokenizer = data.train_tokenizer(["2024 2024 2024 2024"], 5000)
-    assert tokenizer.get_vocab_size() < 400  # there is no more to learn
-    assert len(tokenizer.encode("2024").ids) == 4
-    first, *others = data.encode_with_bos(tokenizer, f"{BOS}half a character: \udcff{EOS}")
-    assert first == 0 and not {0, 1} & set(others)  # in a text they are text
-    assert tokenizer.decode(others) == f"{BOS}half a character: ?{EOS}"
+    assert tokenizer.get_vocab_size() < 400 and len(tokenizer.encode("2024").ids) == 4
+    assert tokenizer.decode(data.encode_with_bos(tokenizer, "half a letter \udcff")[-1:]) == "?"
 
 
 def test_every_text_of_a_folder_is_read_but_for_marks_and_outer_blanks(tmp_path):
@@ -84,11 +68,11 @@ def test_long_documents_are_cut_and_separators_found_wherever_they_stand(tmp_pat
         assert not any("y" in text and text.strip("y") for text in found)
 
 
-def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch, tokenizer):
+def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LONGEST", 2**14)
     (tmp_path / "a.txt").write_text("whale" * 900_000)
     tracemalloc.start()
-    ready = data.prepare(str(tmp_path / "a.txt"), tokenizer, tmp_path / "cache")
+    ready = data.prepare(str(tmp_path / "a.txt"), 280, tmp_path / "cache")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.7 * 5 * 900_000
@@ -99,25 +83,19 @@ def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch, toke
     "name, content, message",
     [
         ("a.txt", f" \n{SEPARATOR}\n".encode(), "too short to hold anything out"),
-        ("a.txt", b"one word", "too short to hold anything out"),
         ("a.txt", b"\xef\xbb\xbfcaf\xe9", "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', 'row 2 lacks a "text"'),
         ("a.jsonl", b'{"text": "a"}\n\nnonsense', "row 2 lacks .*Expecting value"),
         ("a.jsonl", b'{"text": 5}', "row 1 lacks"),
         ("a.jsonl", b'{"text": "\\ud800"}', "row 1 lacks .* surrogates"),
-        ("a.json", b'[{"text": "a"}, 5]', "row 2 lacks"),
         ("a.json", b'{"text": "a"}', "row 1 lacks"),
-        ("vocab_size.txt", b"a", "vocab_size = 257 must be at least 258"),
         ("a.csv", b"a", "a.csv' is no text that can be read"),
-        ("a.txt", None, "a.txt' is no text that can be read"),
     ],
 )
 def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        tokens = 257 if name == "vocab_size.txt" else 258
-        data.prepare(str(tmp_path / name), tokens, tmp_path / "cache")
+        data.prepare(str(tmp_path / name), 258, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -142,8 +120,6 @@ def test_a_twenty_fifth_is_held_out_and_stands_nowhere_in_the_training_text():
         assert all(trained) == all(held_out) == (different < 20)  # of few the ends, or whole ones
         assert any(trained) and any(held_out)
         assert not any(text in other for text in held_out if text for other in trained)
-    texts = [f"text {i}" for i in range(2000)]
-    assert 50 < sum(bool(data.split(text, data.scan(texts)[1])[1]) for text in texts) < 115
 
 
 def test_one_document_holds_out_its_end_which_the_tokenizer_has_not_seen(tmp_path):
@@ -159,39 +135,31 @@ def test_one_document_holds_out_its_end_which_the_tokenizer_has_not_seen(tmp_pat
 def test_a_document_is_bos_text_eos_and_every_document_is_there(corpus, tmp_path):
     ready = data.prepare(str(corpus), 400, tmp_path / "cache")
     train, val = parts_of(ready)
-    assert sorted(train + val) == sorted(TEXTS) and len(val) > 2
+    assert sorted(train + val) == sorted(TEXTS) and 2 < len(val) < 25
     for part in (ready.train, ready.val):
         assert part.ids.dtype == np.uint16
         assert (part.ids[part.doc_offsets[:-1]] == 0).all()
         assert (part.ids[part.doc_offsets[1:] - 1] == 1).all()
         assert (part.ids == 0).sum() == len(part.doc_offsets) - 1
-    rows = data.build_eval_set(ready.val, ready.tokenizer, 16, 4)
-    assert rows.bytes == sum(len(text.encode()) for text in val)
-    # What is held out depends on its text alone, and doubles stay on one side.
-    corpus.write_text(SEPARATOR.join([*reversed(TEXTS), *TEXTS]), encoding="utf-8")
-    train, again = parts_of(data.prepare(str(corpus), 400, tmp_path / "cache"))
-    assert set(again) == set(val) and not set(again) & set(train)
+    held_out = data.build_eval_set(ready.val, ready.tokenizer, 16, 4)
+    assert held_out.bytes == sum(len(text.encode()) for text in val)
 
 
 def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path, monkeypatch):
     def prepare(tokens=400, also=()):
         return data.prepare(str(corpus), tokens, tmp_path / "cache", also)
 
-    first = prepare()
+    first, given = prepare(), data.train_tokenizer(["zq xj vw " * 9], 266)
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_documents", lambda files: 1 / 0)
         assert prepare().folder == first.folder
-    given = [data.train_tokenizer([text], 266) for text in ("zq xj vw " * 9, "kw fg pl " * 9)]
-    for tokenizer in given:
-        tokenizer.add_tokens([*(f"w{i}" for i in range(66_000)), "birds"])
-    other = [prepare(401), prepare(also=["Assistant:"] * 99), *map(prepare, given)]
+    given.add_tokens([*(f"w{i}" for i in range(66_000)), "birds"])
+    other = [prepare(401), prepare(also=["Assistant:"] * 99), prepare(given)]
     alone, learned = (len(ready.tokenizer.encode("Assistant:").ids) for ready in other[:2])
     assert learned < 3 < alone
-    for ready, tokenizer in zip(other[2:], given, strict=True):
-        assert ready.tokenizer.to_str() == tokenizer.to_str()
-        assert ready.train.ids.dtype == np.uint32 and ready.train.ids.max() > 2**16
-        document = next(iter(ready.train)).tolist()
-        assert document[1:-1] == tokenizer.encode(tokenizer.decode(document)).ids
+    ids = other[-1].train.ids
+    assert other[-1].tokenizer.to_str() == given.to_str()
+    assert ids.dtype == np.uint32 and given.token_to_id("birds") in ids
     corpus.touch()
     other.append(prepare())
     assert {ready.digest for ready in other} == {first.digest}  # the text is still the same
@@ -203,27 +171,12 @@ def test_prepared_tokens_are_reused_only_when_they_are_the_same(corpus, tmp_path
     assert len({ready.folder for ready in [first, *other]}) == 1 + len(other)
 
 
-def test_the_cache_holds_whole_folders_only(tmp_path):
-    cache = tmp_path / "cache"
-    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
-        with pytest.raises((KeyboardInterrupt, UsageError), match="No space .* make room|^$"):
-            with data.atomic_folder(cache / "a") as partial:
-                (partial / "file").write_text("half")
-                raise error
-        assert not list(cache.iterdir())
-    with data.atomic_folder(cache / "a") as slow:
+def test_of_two_processes_the_faster_one_fills_the_cache(tmp_path):
+    with data.atomic_folder(tmp_path / "a") as slow:
         (slow / "file").write_text("slow")
-        with data.atomic_folder(cache / "a") as fast:
+        with data.atomic_folder(tmp_path / "a") as fast:
             (fast / "file").write_text("fast")
-    assert [path.read_text() for path in cache.rglob("*") if path.is_file()] == ["fast"]
-
-
-def test_an_unwritable_cache_falls_back(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "file" / "below"))
-    assert data.cache_folder(tmp_path / "out") == tmp_path / "out" / "cache"
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "mine"))
-    assert data.cache_folder(tmp_path / "out") == tmp_path / "mine"
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["fast"]
 
 
 def some_tokens(lengths):
@@ -273,16 +226,12 @@ def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
     ready = data.prepare("stories:150", 1024, tmp_path)
     by_text = {story.text: story for story in map(stories.tell, range(150))}
     assert sorted(sum(parts_of(ready), [])) == sorted(by_text)
-    got, one = (
-        data.build_eval_set(
-            ready.val, ready.tokenizer, 64, 4, limit, stories.tag_facts, stories.FACT_KINDS
-        )
-        for limit in (10**9, 1)
+    got = data.build_eval_set(  # a floor is of whole stories, so of two
+        ready.val, ready.tokenizer, 64, 4, 400, stories.tag_facts, stories.FACT_KINDS
     )
-    told = [by_text[text] for text in parts_of(ready)[1]]
+    told = [by_text[text] for text in parts_of(ready)[1][:2]]
+    assert got.tokens == ready.val.doc_offsets[2] - 2 > 400 > ready.val.doc_offsets[1]
     assert got.entropy_floor == pytest.approx(sum(s.nats for s in told) / got.tokens)
-    assert got.tokens == len(ready.val.ids) - len(told)
-    assert one.tokens == ready.val.doc_offsets[1] - 1 > 64  # a floor is of whole stories
     for number, kind in enumerate(got.tag_names, 1):
         found = []
         for (_, targets), tags in zip(got.rows, got.tags, strict=True):

@@ -12,7 +12,6 @@ from conftest import MODEL, log_of, same
 
 import finetune
 from common import chat, checkpoint, data, lessons, stories
-from common.formats import load_lora
 from common.runtime import UsageError
 from deepseek import Config
 
@@ -36,22 +35,20 @@ def tokenizer():
     return data.train_tokenizer([chat.TEMPLATE, *(" ".join(pair) for pair in PAIRS)], 320)
 
 
-def test_json_and_jsonl_are_read(tmp_path):
-    content = [
+def test_rows_in_the_form_of_alpaca_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    good = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "more": 1},
-        {"instruction": "Say\u2028hi.", "output": "hi"},  # no end of a line in .jsonl
         {"instruction": "Say hü.", "input": None, "output": ""},
+        {"instruction": "Say hi.", "output": "hi"},
     ]
-    expected = [("Add.\n1 and 2", "3"), ("Say\u2028hi.", "hi"), ("Say hü.", "")]
-    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    for name in ("a.json", "a.jsonl"):
-        assert chat.read_instructions(tmp_path / name) == expected
+    path.write_text(json.dumps(good))
+    expected = [("Add.\n1 and 2", "3"), ("Say hü.", ""), ("Say hi.", "hi")]
+    assert chat.read_instructions(path) == expected
     for lacking in ({"output": "b"}, {"instruction": "a", "input": 3, "output": "b"}):
-        (tmp_path / "b.json").write_text(json.dumps([content[0], lacking]))
+        path.write_text(json.dumps([good[0], lacking]))
         with pytest.raises(UsageError, match='row 2 lacks an "instruction" and an "output"'):
-            chat.read_instructions(tmp_path / "b.json")
+            chat.read_instructions(path)
 
 
 def test_equal_questions_are_held_out_together_and_at_least_one():
@@ -72,9 +69,8 @@ def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
     counted = example.targets[example.targets != data.IGNORE]
     assert tokenizer.decode(counted[:-1]) == " Cat 3 is big." and counted[-1] == 1
     assert example.targets[-len(counted) :].tolist() == ids[-len(counted) :]
-    # Special tokens typed into a question or an answer stay text.
-    (example,), _ = chat.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
-    assert example.inputs[0] == 0 and example.inputs[1:].min() > 1 and example.targets[-1] == 1
+    held_out = data.make_eval_set([example[1:]], tokenizer, 8)
+    assert (held_out.tokens, held_out.bytes) == (len(counted), len(" Cat 3 is big."))
 
 
 def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tokenizer):
@@ -100,37 +96,18 @@ def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_ane
     lengths = np.random.default_rng(0).integers(6, 90, 500)
     ids = [np.arange(i + 2, i + 2 + length) for i, length in enumerate(lengths)]
     examples = [chat.Example("", row, row) for row in ids]  # the first id tells which one it is
-    one, two, other = (chat.AnswerBatches(examples, 8, seed) for seed in (1, 1, 2))
-    assert one.per_epoch == 63
-    epoch = [one.get_batch(step)[0] for step in range(63)]
+    one, two = (chat.AnswerBatches(examples, 8, seed=1) for _ in range(2))
+    epoch = [one.get_batch(step)[0] for step in range(one.per_epoch)]
     seen = Counter(int(i) for inputs in epoch for i in inputs[:, 0])
     assert len(seen) == 500 and sorted(seen.values()) == [1] * 496 + [2] * 4
     assert {len(inputs) for inputs in epoch} == {8}
     assert sum((inputs == 0).sum() for inputs in epoch) < 0.05 * lengths.sum()
-    widths = [inputs.shape[1] for inputs in epoch]
-    assert abs(np.corrcoef(np.arange(63), widths)[0, 1]) < 0.5
     company = {frozenset(inputs[:, 0].tolist()) for inputs in epoch}
-    for batches, first in ((one, 63), (other, 0)):
-        again = [batches.get_batch(step)[0][:, 0] for step in range(first, first + 63)]
+    for batches in (one, chat.AnswerBatches(examples, 8, seed=2)):
+        again = [batches.get_batch(step)[0][:, 0] for step in range(63, 126)]
         assert not company & {frozenset(inputs.tolist()) for inputs in again}
     for step in (3, 70, 3):  # it depends on nothing but seed and step
         assert all(map(torch.equal, one.get_batch(step), two.get_batch(step)))
-
-
-def test_padding_changes_nothing(tokenizer, trained):
-    model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
-    pairs = [("Big?", "Yes."), ("Cat 7?", "Cat 7 is big, very big."), ("Who?", "I")]
-    rows = [example[1:] for example in chat.make_examples(pairs, tokenizer, 31)[0]]
-    assert len({len(inputs) for inputs, _ in rows}) == 3
-    with torch.no_grad():
-        together = model(*data.pad(rows)).loss
-        alone = [model(*data.pad([row])).loss for row in rows]
-    sizes = torch.tensor([float((targets != data.IGNORE).sum()) for _, targets in rows])
-    expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
-    assert together.item() == pytest.approx(expected.item(), rel=1e-5)
-    held_out = data.make_eval_set(rows, tokenizer, 2)
-    assert held_out.tokens == sizes.sum() and len(held_out.rows) == 2
-    assert held_out.bytes == sum(len(f" {a}") for _, a in pairs)
 
 
 @pytest.mark.parametrize("full", ["", "--full"])
@@ -153,7 +130,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     ends = ("_proj.weight", "_mqa.weight")  # routed experts have no adapters
     rank = 4 * sum(sum(p.shape) for n, p in model.named_parameters() if n.endswith(ends))
     assert summary["trainable"] == (total if full else rank)
-    assert summary["total"] == (total if full else total + rank)
 
     prompt = "--chat --temperature 0 --max_new_tokens 9 --prompt Big?"
     place = f"--ckpt {out}/best.pt" if full else f"--ckpt {trained} --lora {out}"
@@ -161,12 +137,9 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert said != run(f"sample --ckpt {trained} {prompt}")[1]
     assert f"next: python sample.py {place} --chat" in text
 
-    best = (out / kept[0]).read_bytes()
     state = checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False)
-    state["best_val_loss"] = 0.0  # as if no later step could be better
-    checkpoint.save_checkpoint(out / "ckpt.pt", state)
+    checkpoint.save_checkpoint(out / "ckpt.pt", state | {"best_val_loss": 0.0})  # the best is over
     assert run(f"finetune --resume --steps 40 --out {out}")[0] == 0
-    assert (out / kept[0]).read_bytes() == best
     *_, last, later = log_of(out)
     assert later["val_loss_after"] == summary["val_loss_after"]
     assert later["val_loss_after"] != pytest.approx(last["val_loss"], rel=1e-4)
@@ -180,10 +153,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     record = json.loads((out / "adapter_config.json").read_text())
     assert record["base_model_name_or_path"] == str(trained)
     assert (record["r"], record["lora_alpha"]) == (4, 6.0)
-    load_lora(model, out)
-    merged, _ = checkpoint.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
-    ids = torch.arange(20)[None]
-    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("extra", ["--dropout 0.2 --dtype bfloat16 --grad_accum 2", "--full"])
@@ -194,11 +163,8 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert run(f"{line} --steps 6 --out {tmp_path}/parts")[0] == 0
     assert run(f"finetune --resume --steps 12 --out {tmp_path}/parts")[0] == 0
     a, b = (checkpoint.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
-    for key in ("model", "optimizer", "rng", "step", "tokens", "best_val_loss"):
+    for key in ("model", "optimizer", "rng", "best_val_loss"):
         assert same(a[key], b[key]), key
-    whole, parts = (log_of(tmp_path / n)[1:] for n in ("whole", "parts"))
-    for key in ("step", "loss", "val_loss_after"):
-        assert [r.get(key) for r in whole] == [r.get(key) for r in parts]
     log = tmp_path / "parts" / "log.jsonl"  # as if it had been killed before it was scored
     *lines, summary = log.read_text().splitlines()
     log.write_text("\n".join(lines) + "\n")
@@ -242,9 +208,9 @@ def test_the_built_in_task_is_scored_by_kind_before_and_after(run, tmp_path, mon
     assert summary["by_kind"] == {kind: float(kind != "who") for kind in stories.KINDS}
     assert summary["right_before"] == pytest.approx(before, abs=1e-4)
     assert summary["right_after"] == pytest.approx(after, abs=1e-4)
-    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith("%")}
-    assert table["what_next"] == [str(asked["what_next"]), "0.0%", "100.0%"]
-    assert table["all"] == ["60", f"{before:.1%}", f"{after:.1%}"]
+    table = [line.split() for line in out.splitlines() if line.endswith("%")]
+    assert ["what_next", str(asked["what_next"]), "0.0%", "100.0%"] in table
+    assert table[-1] == ["all", "60", f"{before:.1%}", f"{after:.1%}"]
     assert out.count("before, wrong: Nobody.") == 2 and out.count("after, wrong: Nobody.") == 1
     assert summary["plain_loss_off"] == summary["plain_loss_before"]
     assert summary["plain_loss_after"] != summary["plain_loss_before"]
@@ -313,19 +279,15 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ("--data {tmp}/none.json", "none.json' is no text that can be read"),
         ("--data {tmp}/empty.json", "too little that fits into 32 tokens (0 instructions, 0 held"),
         ("--data stories:0", "N from 1"),
-        ("--data {tmp}/long.json", "0 held out, 1 left out with too long a question)"),
         ("--data stories", "need a context of"),
         ("--data {cats} --full --lora_rank 4", "--lora_rank is of adapters"),
-        ("--data {cats} --rank 4", "--rank is called --lora_rank now"),
         ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
         ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
-        ("--resume --out {base}/.", "holds the base"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
     (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "long.json").write_text(json.dumps(rows([("a " * 90, "b"), ("c " * 90, "d")])))
     line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
     before = trained.read_bytes()
     code, _, err = run(f"finetune --ckpt {trained} --out {tmp_path}/o {line}")
@@ -356,14 +318,10 @@ def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, 
     refused(resume, "is not that of the run")
     shutil.copy(trained, base)
     refused(f"train --resume --steps 3 --out {out}", "is of a run of finetune.py")
-    shutil.copytree(trained.parent, tmp_path / "pretrained")
-    refused(f"finetune --resume --out {tmp_path}/pretrained", "is of a run of train.py")
-    refused(f"{resume} --lora_rank 3", "--lora_rank 3 differs from the run's 16")
     cats.rename(tmp_path / "moved.json")
     base.rename(tmp_path / "moved.pt")
     moved = f"--ckpt {tmp_path}/moved.pt --data {tmp_path}/moved.json"
     assert run(f"{resume} {moved}")[0] == 0
-    again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out}"
-    refused(again, "holds another run")
-    assert run(f"{again} --overwrite")[0] == 0
+    again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out} --overwrite"
+    assert run(again)[0] == 0
     assert {path.name for path in out.iterdir()} == {"best.pt", *RUN_FILES}  # and no adapter
