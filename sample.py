@@ -192,9 +192,9 @@ def converse(speaker: Speaker) -> None:
 
 def score(model: DeepSeek, tokenizer: Tokenizer, path: str, device: torch.device) -> None:
     """Print how well the model predicts a text: every byte once, each document from its start."""
-    tokens = data.tokenize_file(path, tokenizer)
+    documents = data.encode_documents(data.read_documents([Path(path)]), tokenizer)
     seq_len = min(4096, model.config.max_position_embeddings)
-    text = data.build_eval_set(tokens, tokenizer, seq_len, batch_size=8)
+    text = data.build_eval_set(documents, tokenizer, seq_len, batch_size=8)
     result = evaluate(model, text, device, torch.float32)
     loss, bpb = result["val_loss"], result["val_bpb"]
     print(

@@ -54,7 +54,7 @@ from deepseek import PRESETS, Config, DeepSeek
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=3e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0,
+        batch_size=8, lr=1.5e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0,
         induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),

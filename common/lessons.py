@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,11 +27,6 @@ TASKS, HELD_OUT_TASKS = 20_000, 300  # of the built-in instructions
 LONGEST_ANSWER = 100  # tokens; the stories that built-in instructions ask for have up to 60
 
 
-# ----------------------------------------------------------------------------------------------
-# What it is taught: instructions, or raw text
-# ----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class FinetuneData:
     """What is to be learned, whatever kind of text it is."""
@@ -41,7 +37,7 @@ class FinetuneData:
     digest: str  # of the text
     about: str  # a line for the screen
     question: str | None = None  # held out, and answered while training; None for raw text
-    tasks: list[stories.Task] = field(default_factory=list)  # held out, for the world's own judge
+    tasks: Sequence[stories.Task] = ()  # held out, for the world's own judge
     retention_set: data.EvalSet | None = None  # stories, to see what is forgotten
 
 
@@ -49,60 +45,46 @@ def read_data(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     """What --data names. Raises UsageError."""
     if data.is_stories(options.data):
         return built_in(options, tokenizer)
-    if options.data in chat.HUB_INSTRUCTIONS or Path(options.data).suffix in (".json", ".jsonl"):
-        train, held_out = chat.hold_out(chat.read_instructions(options.data))
-        return instructions(options, tokenizer, train, held_out)
-    if options.data.endswith(".txt") or Path(options.data).is_dir():
+    path, *_ = data.find_corpus(options.data)
+    if path.suffix == ".txt":
         return raw_text(options, tokenizer)
-    raise UsageError(
-        f"--data {options.data!r} must be stories, {', '.join(chat.HUB_INSTRUCTIONS)}, a .json or"
-        " .jsonl of instructions, or a .txt"
-    )
+    return instructions(options, tokenizer, *chat.hold_out(chat.read_instructions(path)))
 
 
-def instructions(
-    options: RunOptions, tokenizer: Tokenizer, train: list, held_out: list
-) -> FinetuneData:
+def instructions(options, tokenizer, train: list, held_out: list, **more: Any) -> FinetuneData:
     """Of (question, answer) pairs."""
     digest = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
-    examples, counts = chat.make_examples(train, tokenizer, options.seq_len)
+    examples, remarks = chat.make_examples(train, tokenizer, options.seq_len)
     kept, _ = chat.make_examples(held_out, tokenizer, options.seq_len)
+    about = f"{len(examples):,} instructions, {len(kept):,} held out"
+    about = ", ".join([about, *(f"{n:,} {what}" for what, n in remarks.items() if n)])
     if not examples or not kept:
-        raise UsageError(
-            f"of the {len(train)} instructions in {options.data}, {len(examples)} have an answer"
-            f" and fit into {options.seq_len} tokens, of the {len(held_out)} held out {len(kept)}:"
-            " give more or shorter ones, or a larger --seq_len"
-        )
+        what = f"{options.data} has too little that fits into {options.seq_len} tokens ({about})"
+        raise UsageError(f"{what}: give more or shorter instructions, or a larger --seq_len")
     batches = chat.AnswerBatches(examples, options.batch_size, options.seed)
-    remarks = {"cut": "answers cut", "empty": "left out without an answer"}
-    remarks["no room"] = "left out with too long a question"
-    about = [f"{len(examples):,} instructions, {len(kept):,} held out"]
-    about += [f"{counts[kind]:,} {text}" for kind, text in remarks.items() if counts[kind]]
-    rows = eval_rows(tokenizer.get_vocab_size(), options.seq_len)
-    held_out = chat.answer_eval_set(kept, tokenizer, rows, options.eval_tokens)
-    about, question = ", ".join(about), kept[0].question
-    return FinetuneData(batches.get_batch, batches.per_epoch, held_out, digest, about, question)
+    sizes = np.cumsum([(example.targets != data.IGNORE).sum() for example in kept])
+    some = [example[1:] for example in kept[: 1 + np.searchsorted(sizes, options.eval_tokens)]]
+    val = data.make_eval_set(
+        some, tokenizer, eval_rows(tokenizer.get_vocab_size(), options.seq_len)
+    )
+    more |= {"question": kept[0].question}
+    return FinetuneData(batches.get_batch, batches.per_epoch, val, digest, about, **more)
 
 
 def built_in(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     """The instructions of stories.py; held out are combinations of hero and thing."""
-    count = options.data.partition(":")[2] or str(TASKS)
-    if not count.isdecimal() or not 1 <= int(count) <= 10**7:
-        raise UsageError(f"data {options.data!r} must be stories, or stories:N, N from 1 to 10**7")
-    train = itertools.islice(stories.instructions(options.seed), int(count))
+    count = data.count_of(options.data, TASKS, least=1)
+    train = itertools.islice(stories.instructions(options.seed), count)
     tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
     pairs = [[(task.instruction, task.answer) for task in some] for some in (train, tasks)]
     need = 1 + max(len(chat.encode_chat(tokenizer, [(question, None)])) for question, _ in pairs[1])
     if options.seq_len < need:
-        raise UsageError(
-            f"the built-in instructions need a context of {need} tokens, but there are"
-            f" {options.seq_len}: train a model with a longer --seq_len"
-        )
+        context = f"a context of {need} tokens, but there are {options.seq_len}"
+        raise UsageError(f"the built-in instructions need {context}: train with a longer --seq_len")
     # These are told beyond all seeds that a training text takes.
-    plain = data.tokenize((stories.tell(10**9 + i).text for i in range(100)), tokenizer)
-    found = instructions(options, tokenizer, *pairs)
+    plain = data.encode_documents((stories.tell(10**9 + i).text for i in range(100)), tokenizer)
     retention_set = data.build_eval_set(plain, tokenizer, options.seq_len, 16)
-    return replace(found, tasks=tasks, retention_set=retention_set)
+    return instructions(options, tokenizer, *pairs, tasks=tasks, retention_set=retention_set)
 
 
 def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
@@ -110,13 +92,9 @@ def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     corpus = data.prepare(options.data, tokenizer, data.cache_folder(Path(options.out)))
     batches = data.Batches(corpus.train, options.batch_size, options.seq_len, options.seed)
     rows = eval_rows(tokenizer.get_vocab_size(), options.seq_len)
-    held_out = data.build_eval_set(
-        corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens
-    )
-    if not held_out.tokens:
-        raise UsageError(f"{options.data} is too short to hold anything out: give more text")
+    val = data.build_eval_set(corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens)
     about = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
-    return FinetuneData(batches.get_batch, batches.per_epoch, held_out, corpus.digest, about)
+    return FinetuneData(batches.get_batch, batches.per_epoch, val, corpus.digest, about)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -124,28 +102,16 @@ def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
 # ----------------------------------------------------------------------------------------------
 
 
-def answer(
-    model: DeepSeek, tokenizer: Tokenizer, questions: list[str], rows: int = 50
-) -> list[str]:
-    """The greedy answers to questions, of at most LONGEST_ANSWER tokens, so many at a time.
-
-    Where the context ends earlier, it ends for a batch when its longest question is out of room.
-    """
-    prompts = [chat.encode_chat(tokenizer, [(question, None)]) for question in questions]
-    order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+def answer(model: DeepSeek, tokenizer: Tokenizer, questions: list[str]) -> list[str]:
+    """The greedy answers to questions, of at most LONGEST_ANSWER tokens, fifty at a time. Where the
+    context ends earlier, it ends for all fifty when the longest question is out of room."""
+    prompts, said = [chat.encode_chat(tokenizer, [(question, None)]) for question in questions], []
+    how = {"stop": model.config.eos_token_id, "vocab_size": tokenizer.get_vocab_size()}
     with evaluating(model):
-        for at in range(0, len(order), rows):
-            chosen = order[at : at + rows]
-            stream = model.generate(
-                [prompts[i] for i in chosen],
-                LONGEST_ANSWER,
-                temperature=0,
-                stop=model.config.eos_token_id,
-                vocab_size=tokenizer.get_vocab_size(),
-            )
-            texts = tokenizer.decode_batch(torch.stack(list(stream), 1).tolist())
-            said |= dict(zip(chosen, texts, strict=True))
-    return [said[i].strip() for i in range(len(prompts))]
+        for at in range(0, len(prompts), 50):
+            stream = model.generate(prompts[at : at + 50], LONGEST_ANSWER, temperature=0, **how)
+            said += tokenizer.decode_batch(torch.stack(list(stream), 1).tolist())
+    return [text.strip() for text in said]
 
 
 def score_tasks(model: DeepSeek, tokenizer: Tokenizer, tasks: list[stories.Task]) -> dict[str, Any]:
@@ -178,17 +144,17 @@ def example(model: DeepSeek, tokenizer: Tokenizer, question: str | None) -> str:
 def score_table(tasks: list[stories.Task], before: dict, after: dict) -> str:
     """The shares by kind, and of each kind one task with the answer before and after."""
     lines = [f"\n{'held-out tasks':<16}{'asked':>6}{'before':>9}{'after':>9}"]
-    for kind in [*after["by_kind"], "all"]:
-        asked = sum(kind in (task.kind, "all") for task in tasks)
-        shares = [s["right"] if kind == "all" else s["by_kind"][kind] for s in (before, after)]
-        lines.append(f"{kind:<16}{asked:>6}{shares[0]:>9.1%}{shares[1]:>9.1%}")
-    for kind in after["by_kind"]:
-        i = [task.kind for task in tasks].index(kind)
+    kinds = [task.kind for task in tasks]
+    for kind, share in after["by_kind"].items():
+        was = before["by_kind"][kind]
+        lines.append(f"{kind:<16}{kinds.count(kind):>6}{was:>9.1%}{share:>9.1%}")
+    lines.append(f"{'all':<16}{len(tasks):>6}{before['right']:>9.1%}{after['right']:>9.1%}")
+    for i in map(kinds.index, after["by_kind"]):
         lines.append(f"\n{tasks[i].instruction}")
         for when, score in (("before", before), ("after", after)):
-            text = " ".join(score["answers"][i].split())
-            mark = "right" if stories.is_right(tasks[i], score["answers"][i]) else "wrong"
-            lines.append(f"  {when}, {mark}: {text[:200]}{'...' if len(text) > 200 else ''}")
+            text = score["answers"][i]
+            mark = "right" if stories.is_right(tasks[i], text) else "wrong"
+            lines.append(f"  {when}, {mark}: {' '.join(text.split())}")
     return "\n".join(lines)
 
 
@@ -196,12 +162,10 @@ def summarise(summary: dict[str, Any]) -> str:
     """The losses before and after."""
     names = {"val_loss": "held out, nats/token", "val_bpb": "held out, bits/byte"}
     names |= {"plain_loss": "plain stories, nats/token"}
+    times = {"before": "before", "after": "after", "off": "with the adapter off"}
     lines = []
     for name, meaning in names.items():
-        if f"{name}_before" in summary:
-            line = f"{meaning}: {summary[f'{name}_before']:.4f} before"
-            line += f", {summary[f'{name}_after']:.4f} after"
-            if off := summary.get(f"{name}_off"):
-                line += f", {off:.4f} with the adapter off"
-            lines.append(line)
+        keys = {f"{name}_{time}": when for time, when in times.items()}
+        losses = [f"{summary[key]:.4f} {when}" for key, when in keys.items() if key in summary]
+        lines += [f"{meaning}: {', '.join(losses)}"] if losses else []
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from conftest import MODEL, log_of, same
 
 import finetune
 from common import chat, checkpoint, data, lessons, stories
-from common.formats import load_lora
 from common.runtime import UsageError
 from deepseek import Config
 
@@ -33,68 +32,45 @@ def cats(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([" ".join(pair) for pair in PAIRS], 320, [chat.TEMPLATE])
+    return data.train_tokenizer([chat.TEMPLATE, *(" ".join(pair) for pair in PAIRS)], 320)
 
 
-def test_json_jsonl_and_alpaca_from_the_hub_are_read(tmp_path, monkeypatch):
-    content = [
+def test_rows_in_the_form_of_alpaca_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    good = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "more": 1},
-        {"instruction": "Say\u2028hi.", "output": "hi"},  # no end of a line in .jsonl
         {"instruction": "Say hü.", "input": None, "output": ""},
+        {"instruction": "Say hi.", "output": "hi"},
     ]
-    expected = [("Add.\n1 and 2", "3"), ("Say\u2028hi.", "hi"), ("Say hü.", "")]
-    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    hub = {("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"): tmp_path / "a.json"}
-    monkeypatch.setattr(chat, "download", lambda *what: hub[what])
-    for source in (tmp_path / "a.json", tmp_path / "a.jsonl", "alpaca"):
-        assert chat.read_instructions(str(source)) == expected
+    path.write_text(json.dumps(good))
+    expected = [("Add.\n1 and 2", "3"), ("Say hü.", ""), ("Say hi.", "hi")]
+    assert chat.read_instructions(path) == expected
+    for lacking in ({"output": "b"}, {"instruction": "a", "input": 3, "output": "b"}):
+        path.write_text(json.dumps([good[0], lacking]))
+        with pytest.raises(UsageError, match='row 2 lacks an "instruction" and an "output"'):
+            chat.read_instructions(path)
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.json", '[{"instruction": "a", "output": "b"}, {"output": "b"}]', "a.json row 2 is not"),
-        ("a.json", '[{"instruction": "a", "input": 3, "output": "b"}]', "a.json row 1 is not"),
-        ("a.json", '[{"instruction": "\\ud800", "output": "b"}]', "row 1 holds half a surrogate"),
-        ("a.json", "[", "a.json is not JSON"),
-        ("a.json", '{"instruction": "a", "output": "b"}', "must be a list of rows, not dict"),
-        ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{}\n', "a.jsonl line 3 is not"),
-    ],
-)
-def test_unusable_rows_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=message):
-        chat.read_instructions(str(tmp_path / name))
-
-
-def test_equal_questions_are_held_out_together_and_never_nothing():
+def test_equal_questions_are_held_out_together_and_at_least_one():
     pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
-    taught, held_out = chat.hold_out(pairs)
-    assert sorted(taught + held_out) == sorted(pairs)
-    assert not {q for q, _ in taught} & {q for q, _ in held_out}
-    assert 0 < len(held_out) < 0.15 * len(pairs)
-    for few in (PAIRS[:2], PAIRS[5:7], PAIRS[:3], [("q5", "a"), ("q5", "b"), ("q68", "c")]):
-        taught, held_out = chat.hold_out(few)
-        assert taught and held_out and not {q for q, _ in taught} & {q for q, _ in held_out}
-    with pytest.raises(UsageError, match="questions: give at least 2"):
-        chat.hold_out(PAIRS[:1] * 5)
+    for some in (pairs, PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
+        taught, held_out = chat.hold_out(some)
+        assert sorted(taught + held_out) == sorted(some) and taught
+        assert not {q for q, _ in taught} & {q for q, _ in held_out}
+        assert 0 < len(held_out) < max(2, 0.15 * len(some))
 
 
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
-    (example,), counts = chat.make_examples([PAIRS[3]], tokenizer, 100)
-    assert not any(counts.values())
+    (example,), remarks = chat.make_examples([PAIRS[3]], tokenizer, 100)
+    assert not any(remarks.values())
     text = "User: How big is cat 3?\n\nAssistant: Cat 3 is big."
-    assert example.ids.tolist() == [0, *tokenizer.encode(text).ids, 1]
-    inputs, targets = chat.answers([example])
-    assert inputs.tolist() == [example.ids[:-1].tolist()]
-    counted = targets[targets != data.IGNORE]
-    assert tokenizer.decode(counted[:-1].tolist()) == " Cat 3 is big." and counted[-1] == 1
-    assert torch.equal(targets[0, -len(counted) :], counted)
-    # Special tokens typed into a question or an answer stay text.
-    (example,), _ = chat.make_examples([(f"a{data.EOS}", f"b{data.BOS}c")], tokenizer, 200)
-    assert example.ids[[0, -1]].tolist() == [0, 1] and example.ids[1:-1].min() > 1
+    ids = [0, *tokenizer.encode(text).ids, 1]
+    assert example.inputs.tolist() == ids[:-1]
+    counted = example.targets[example.targets != data.IGNORE]
+    assert tokenizer.decode(counted[:-1]) == " Cat 3 is big." and counted[-1] == 1
+    assert example.targets[-len(counted) :].tolist() == ids[-len(counted) :]
+    held_out = data.make_eval_set([example[1:]], tokenizer, 8)
+    assert (held_out.tokens, held_out.bytes) == (len(counted), len(" Cat 3 is big."))
 
 
 def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tokenizer):
@@ -108,47 +84,30 @@ def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tok
         (len(whole) - 2, 1, 0),
         (len(whole) - 1, 0, 0),  # eos is a target and no input
     ):
-        examples, counts = chat.make_examples(pairs, tokenizer, seq_len)
-        assert counts == {"cut": cut, "empty": 1, "no room": no_room}, seq_len
+        examples, remarks = chat.make_examples(pairs, tokenizer, seq_len)
+        assert remarks["answers cut"] == cut and remarks["left out without an answer"] == 1
+        assert remarks["left out with too long a question"] == no_room == 1 - len(examples)
         for example in examples:  # a cut answer does not end
-            assert example.ids.tolist() == whole[: seq_len + 1] and example.question == question
+            assert [*example.inputs, example.targets[-1]] == whole[: seq_len + 1]
+            assert example.question == question
 
 
 def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_anew():
     lengths = np.random.default_rng(0).integers(6, 90, 500)
     ids = [np.arange(i + 2, i + 2 + length) for i, length in enumerate(lengths)]
-    examples = [chat.Example("", row, 3) for row in ids]  # the first id tells which one it is
-    one, two, other = (chat.AnswerBatches(examples, 8, seed) for seed in (1, 1, 2))
-    assert one.per_epoch == 63
-    epoch = [one.get_batch(step)[0] for step in range(63)]
+    examples = [chat.Example("", row, row) for row in ids]  # the first id tells which one it is
+    one, two = (chat.AnswerBatches(examples, 8, seed=1) for _ in range(2))
+    epoch = [one.get_batch(step)[0] for step in range(one.per_epoch)]
     seen = Counter(int(i) for inputs in epoch for i in inputs[:, 0])
     assert len(seen) == 500 and sorted(seen.values()) == [1] * 496 + [2] * 4
     assert {len(inputs) for inputs in epoch} == {8}
     assert sum((inputs == 0).sum() for inputs in epoch) < 0.05 * lengths.sum()
-    widths = [inputs.shape[1] for inputs in epoch]
-    assert abs(np.corrcoef(np.arange(63), widths)[0, 1]) < 0.5
     company = {frozenset(inputs[:, 0].tolist()) for inputs in epoch}
-    for batches, first in ((one, 63), (other, 0)):
-        again = [batches.get_batch(step)[0][:, 0] for step in range(first, first + 63)]
+    for batches in (one, chat.AnswerBatches(examples, 8, seed=2)):
+        again = [batches.get_batch(step)[0][:, 0] for step in range(63, 126)]
         assert not company & {frozenset(inputs.tolist()) for inputs in again}
     for step in (3, 70, 3):  # it depends on nothing but seed and step
         assert all(map(torch.equal, one.get_batch(step), two.get_batch(step)))
-
-
-def test_padding_changes_nothing(tokenizer, trained):
-    model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
-    pairs = [("Big?", "Yes."), ("Cat 7?", "Cat 7 is big, very big."), ("Who?", "I")]
-    examples, _ = chat.make_examples(pairs, tokenizer, 31)
-    assert len({len(e.ids) for e in examples}) == 3
-    with torch.no_grad():
-        together = model(*chat.answers(examples)).loss
-        alone = [model(*chat.answers([e])).loss for e in examples]
-    sizes = torch.tensor([float(len(e.ids) - e.answer) for e in examples])
-    expected = (torch.stack(alone) * sizes).sum() / sizes.sum()
-    assert together.item() == pytest.approx(expected.item(), rel=1e-5)
-    windows = chat.answer_eval_set(examples, tokenizer, 2, 10**9)
-    assert windows.tokens == sizes.sum() and len(windows.rows) == 2
-    assert windows.bytes == sum(len(f" {a}") for _, a in pairs)
 
 
 @pytest.mark.parametrize("full", ["", "--full"])
@@ -171,7 +130,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     ends = ("_proj.weight", "_mqa.weight")  # routed experts have no adapters
     rank = 4 * sum(sum(p.shape) for n, p in model.named_parameters() if n.endswith(ends))
     assert summary["trainable"] == (total if full else rank)
-    assert summary["total"] == (total if full else total + rank)
 
     prompt = "--chat --temperature 0 --max_new_tokens 9 --prompt Big?"
     place = f"--ckpt {out}/best.pt" if full else f"--ckpt {trained} --lora {out}"
@@ -179,12 +137,9 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert said != run(f"sample --ckpt {trained} {prompt}")[1]
     assert f"next: python sample.py {place} --chat" in text
 
-    best = (out / kept[0]).read_bytes()
     state = checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False)
-    state["best_val_loss"] = 0.0  # as if no later step could be better
-    checkpoint.save_checkpoint(out / "ckpt.pt", state)
+    checkpoint.save_checkpoint(out / "ckpt.pt", state | {"best_val_loss": 0.0})  # the best is over
     assert run(f"finetune --resume --steps 40 --out {out}")[0] == 0
-    assert (out / kept[0]).read_bytes() == best
     *_, last, later = log_of(out)
     assert later["val_loss_after"] == summary["val_loss_after"]
     assert later["val_loss_after"] != pytest.approx(last["val_loss"], rel=1e-4)
@@ -198,10 +153,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     record = json.loads((out / "adapter_config.json").read_text())
     assert record["base_model_name_or_path"] == str(trained)
     assert (record["r"], record["lora_alpha"]) == (4, 6.0)
-    load_lora(model, out)
-    merged, _ = checkpoint.open_model(f"{tmp_path}/hf", torch.device("cpu"), "auto")
-    ids = torch.arange(20)[None]
-    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("extra", ["--dropout 0.2 --dtype bfloat16 --grad_accum 2", "--full"])
@@ -212,11 +163,8 @@ def test_a_resumed_run_ends_with_the_same_bits(run, trained, cats, tmp_path, ext
     assert run(f"{line} --steps 6 --out {tmp_path}/parts")[0] == 0
     assert run(f"finetune --resume --steps 12 --out {tmp_path}/parts")[0] == 0
     a, b = (checkpoint.load_checkpoint(tmp_path / n / "ckpt.pt") for n in ("whole", "parts"))
-    for key in ("model", "optimizer", "rng", "step", "tokens", "best_val_loss"):
+    for key in ("model", "optimizer", "rng", "best_val_loss"):
         assert same(a[key], b[key]), key
-    whole, parts = (log_of(tmp_path / n)[1:] for n in ("whole", "parts"))
-    for key in ("step", "loss", "val_loss_after"):
-        assert [r.get(key) for r in whole] == [r.get(key) for r in parts]
     log = tmp_path / "parts" / "log.jsonl"  # as if it had been killed before it was scored
     *lines, summary = log.read_text().splitlines()
     log.write_text("\n".join(lines) + "\n")
@@ -260,9 +208,9 @@ def test_the_built_in_task_is_scored_by_kind_before_and_after(run, tmp_path, mon
     assert summary["by_kind"] == {kind: float(kind != "who") for kind in stories.KINDS}
     assert summary["right_before"] == pytest.approx(before, abs=1e-4)
     assert summary["right_after"] == pytest.approx(after, abs=1e-4)
-    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith("%")}
-    assert table["what_next"] == [str(asked["what_next"]), "0.0%", "100.0%"]
-    assert table["all"] == ["60", f"{before:.1%}", f"{after:.1%}"]
+    table = [line.split() for line in out.splitlines() if line.endswith("%")]
+    assert ["what_next", str(asked["what_next"]), "0.0%", "100.0%"] in table
+    assert table[-1] == ["all", "60", f"{before:.1%}", f"{after:.1%}"]
     assert out.count("before, wrong: Nobody.") == 2 and out.count("after, wrong: Nobody.") == 1
     assert summary["plain_loss_off"] == summary["plain_loss_before"]
     assert summary["plain_loss_after"] != summary["plain_loss_before"]
@@ -321,30 +269,25 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ended += ids[-1] == 1
         expected.append(tokenizer.decode(ids[start:]).strip())
     assert 0 < ended < len(set(expected)) == len(questions)
-    for rows_at_a_time in (4, 1):
-        assert lessons.answer(model, tokenizer, questions, rows_at_a_time) == expected
+    assert lessons.answer(model, tokenizer, questions) == expected
+    assert lessons.answer(model, tokenizer, questions * 11) == expected * 11
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("--data {tmp}/cats.csv", "must be stories, alpaca, a .json"),
-        ("--data {tmp}/none.json", "none.json cannot be read"),
-        ("--data {tmp}/empty.json", "questions: give at least 2"),
+        ("--data {tmp}/none.json", "none.json' is no text that can be read"),
+        ("--data {tmp}/empty.json", "too little that fits into 32 tokens (0 instructions, 0 held"),
         ("--data stories:0", "N from 1"),
-        ("--data {tmp}/long.json", "0 have an answer and fit into 32 tokens"),
         ("--data stories", "need a context of"),
         ("--data {cats} --full --lora_rank 4", "--lora_rank is of adapters"),
-        ("--data {cats} --rank 4", "--rank is called --lora_rank now"),
         ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
         ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
-        ("--resume --out {base}/.", "holds the base"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
     (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "long.json").write_text(json.dumps(rows([("a " * 90, "b"), ("c " * 90, "d")])))
     line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
     before = trained.read_bytes()
     code, _, err = run(f"finetune --ckpt {trained} --out {tmp_path}/o {line}")
@@ -375,14 +318,10 @@ def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, 
     refused(resume, "is not that of the run")
     shutil.copy(trained, base)
     refused(f"train --resume --steps 3 --out {out}", "is of a run of finetune.py")
-    shutil.copytree(trained.parent, tmp_path / "pretrained")
-    refused(f"finetune --resume --out {tmp_path}/pretrained", "is of a run of train.py")
-    refused(f"{resume} --lora_rank 3", "--lora_rank 3 differs from the run's 16")
     cats.rename(tmp_path / "moved.json")
     base.rename(tmp_path / "moved.pt")
     moved = f"--ckpt {tmp_path}/moved.pt --data {tmp_path}/moved.json"
     assert run(f"{resume} {moved}")[0] == 0
-    again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out}"
-    refused(again, "holds another run")
-    assert run(f"{again} --overwrite")[0] == 0
+    again = f"finetune {moved} --full --steps 2 --batch_size 8 --out {out} --overwrite"
+    assert run(again)[0] == 0
     assert {path.name for path in out.iterdir()} == {"best.pt", *RUN_FILES}  # and no adapter

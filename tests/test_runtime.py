@@ -94,8 +94,8 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     "line, message",
     [
         ("train --size huge", "invalid choice: 'huge'"),
-        ("train --data {tmp}/binary.txt", "byte 1 is wrong"),
-        ("train --data {tmp}/short.txt", "fewer than one row of seq_len"),
+        ("train --data {tmp}/binary.txt", "binary.txt is not UTF-8 text"),
+        ("train --data {tmp}/short.txt", "too short to hold anything out"),
         ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
         ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
         ("train --data {text} --steps 3 --minutes 3", "exclude each other"),
