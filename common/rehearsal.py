@@ -54,8 +54,8 @@ class Rehearsal:
         rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.documents), self.rows, replace=False)
         some = [self.documents[i] for i in chosen]
-        ids = pad([d[:-1] for d in some], 0).to(self.device)  # b t
-        real = (pad([d[1:] for d in some], IGNORE) != IGNORE).to(self.device)  # b t
+        ids, targets = (t.to(self.device) for t in pad([(d[:-1], d[1:]) for d in some]))  # b t
+        real = targets != IGNORE  # b t
         mine = slice(piece * self.rows // pieces, (piece + 1) * self.rows // pieces)
         if mine.start == mine.stop:  # there are more pieces than documents
             return torch.zeros((), device=self.device)
