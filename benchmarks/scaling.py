@@ -20,7 +20,6 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed import dense_twin, flops_per_token
+from benchmarks.speed import dense_twin
 from common import data, stories
 from common.chat import TEMPLATE
 from common.induction import COPY_SCALE, LOOK_SCALE, induction_init
 from common.runlog import read_log, rounded
 from common.runtime import UsageError, choose_device, choose_dtype, flag, parse_flags, run_script
-from common.trainer import Trainer, evaluate, open_run, run_lock
+from common.trainer import Trainer, evaluate, run_lock
 from deepseek import Config, DeepSeek, apply_rotary_emb, rope_angles
 from train import Options as TrainOptions
 from train import choose_config, with_recipe
 
 EVALUATIONS = 16  # of a model, evenly spread
+STORIES = "stories"  # all of them
+
+# The models of each picture; of the sizes, how wide they are compared to tiny.
+SIZES = {"tiny/4": 1 / 4, "tiny/2": 1 / 2, "tiny": 1, "tiny*1.5": 3 / 2}
+EXPERTS = ["tiny", "dense-active", "dense-total"]
+ATTENTIONS = ["tiny", "mha-parameters", "mha-cache"]
+MODELS = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
 
 # ----------------------------------------------------------------------------------------------
 # The models
@@ -77,20 +83,10 @@ class MHA(nn.Module):
         q, k, v = (
             layer(x).unflatten(-1, (heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )  # 3 x B T H dh
-        q, k, v = (
-            t.transpose(1, 2)
-            for t in (apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v)
-        )
+        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # B H T dh
         return self.o_proj(out.transpose(1, 2).flatten(2))  # B T D
-
-
-def with_mha(config: Config, head_dim: int) -> DeepSeek:
-    """The model of a config with MHA in the place of MLA."""
-    model = DeepSeek(config)
-    for layer in model.model.layers:
-        layer.self_attn = MHA(config, head_dim)
-    return model
 
 
 def scaled(config: Config, width: int) -> Config:
@@ -104,31 +100,31 @@ def scaled(config: Config, width: int) -> Config:
     return replace(config, hidden_size=width, **widths)
 
 
-def make_models(config: Config) -> dict[str, Callable[[], DeepSeek]]:
-    """By name, how each model of the study is made of tiny's config."""
-    c = config
-    # MHA's four matrices are D x H dh; MLA's are counted.
-    with torch.device("meta"):
-        attention = sum(p.numel() for p in DeepSeek(c).model.layers[0].self_attn.parameters())
-    equal_parameters = 2 * round(attention / (8 * c.hidden_size * c.num_attention_heads))
-    equal_cache = c.cache_dim // (2 * c.num_attention_heads)
-    sizes = {"tiny/4": 4, "tiny/2": 2, "tiny": 1, "tiny*1.5": 2 / 3}
-    return {
-        **{
-            name: lambda by=by: DeepSeek(scaled(c, int(c.hidden_size / by)))
-            for name, by in sizes.items()
-        },
-        "dense-active": lambda: DeepSeek(dense_twin(c)),
-        "dense-total": lambda: DeepSeek(dense_twin(c, "total")),
-        "mha-parameters": lambda: with_mha(c, equal_parameters),
-        "mha-cache": lambda: with_mha(c, equal_cache // 2 * 2),
-    }
+def make_model(name: str, config: Config) -> DeepSeek:
+    """A model of the study, made of tiny's config."""
+    if name in SIZES:
+        return DeepSeek(scaled(config, int(config.hidden_size * SIZES[name])))
+    kind, equal = name.split("-")
+    if kind == "dense":
+        return DeepSeek(dense_twin(config, equal))
+    model, heads = DeepSeek(config), config.num_attention_heads
+    if equal == "cache":
+        head_dim = config.cache_dim / (2 * heads)
+    else:  # MHA's four matrices are D x H dh; MLA's are counted
+        attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
+        head_dim = attention / (4 * config.hidden_size * heads)
+    for layer in model.model.layers:
+        layer.self_attn = MHA(config, 2 * round(head_dim / 2))
+    return model
 
 
-SIZES = ("tiny/4", "tiny/2", "tiny", "tiny*1.5")
-EXPERTS = ("tiny", "dense-active", "dense-total")
-ATTENTIONS = ("tiny", "mha-parameters", "mha-cache")
-MODELS = list(dict.fromkeys([*SIZES, *EXPERTS, *ATTENTIONS]))
+def flops_per_token(model: DeepSeek, length: int) -> float:
+    """Of training: 6 for each active parameter, 3 times the forward pass for each pair of tokens
+    that attend (half of all)."""
+    pairs = 0
+    for layer in model.model.layers:  # the widths of all heads' queries and values
+        pairs += 2 * (layer.self_attn.q_proj.out_features + layer.self_attn.o_proj.in_features)
+    return 6 * model.num_parameters()[1] + 3 * pairs * length / 2
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,6 @@ class Options:
 
     only: str = flag(",".join(MODELS), "models, with commas between them")
     tokens: int = flag(2_000_000, "of each", low=2048)
-    data: str = flag("stories", "or stories:N, N of them")
     seeds: int = flag(2, "runs of each model", low=1)
     out: str = flag("out/scaling", "folder of what it leaves")
     device: str = flag("auto", "cpu, cuda, mps; auto is the best there")
@@ -150,57 +145,46 @@ class Options:
 
 def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[str, Any]]:
     """Train a model; a record for each evaluation. The run's own log stays in folder."""
-    run = with_recipe(
-        TrainOptions(
-            data=options.data, device=options.device, out=str(folder), seed=seed, overwrite=True,
-            log_level="quiet", eval_tokens=20_000,
-        )
+    run = TrainOptions(
+        data=STORIES, device=options.device, out=str(folder), seed=seed, overwrite=True,
+        log_level="quiet", eval_tokens=20_000,
     )  # fmt: skip
+    run = with_recipe(run)
     every = max(1, options.tokens // (run.batch_size * run.seq_len) // EVALUATIONS)
     steps = every * EVALUATIONS
     warmup = min(run.warmup, steps // 10)
     run = replace(run, steps=steps, minutes=None, eval_every=every, save_every=steps, warmup=warmup)
     device = choose_device(run.device)
     dtype = choose_dtype("auto", device)
-    run, _ = open_run(run, {})
-    cache = data.cache_folder(folder)
-    corpus = data.prepare(run.data, run.config["vocab_size"], cache, [TEMPLATE])
+    corpus = data.prepare(run.data, run.config["vocab_size"], data.cache_folder(folder), [TEMPLATE])
     tags = stories.tag_facts, stories.FACT_KINDS
     held_out = data.build_eval_set(
         corpus.val, corpus.tokenizer, run.seq_len, 8, run.eval_tokens, *tags
     )
     batches = data.Batches(corpus.train, run.batch_size, run.seq_len, seed)
-    config = choose_config(run, corpus.tokenizer)
     torch.manual_seed(seed)
-    model = make_models(config)[name]()
+    model = make_model(name, choose_config(run, corpus.tokenizer))
     induction_init(model, run.induction_init)
     with run_lock(run.out):
         trainer = Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
-        show = lambda: evaluate(model, held_out, device, dtype)  # noqa: E731
-        trainer.fit(batches.get_batch, show, lambda: "")
+        trainer.fit(batches.get_batch, lambda: evaluate(model, held_out, device, dtype), lambda: "")
     if trainer.stop:  # Ctrl-C: what is half done is not counted
         raise KeyboardInterrupt
     (folder / "ckpt.pt").unlink()  # the curve is what was wanted
     total, active = model.num_parameters()
-    attention = model.model.layers[0].self_attn
-    cached = (
-        2 * attention.k_proj.out_features if isinstance(attention, MHA) else model.config.cache_dim
-    )
+    attention, cached = model.model.layers[0].self_attn, model.config.cache_dim
+    if isinstance(attention, MHA):
+        cached = 2 * attention.k_proj.out_features
     per_token = flops_per_token(model, run.seq_len)
+    same = dict(model=name, seed=seed, run=options.tokens, total=total, active=active)
+    same |= dict(cached=cached * model.config.num_hidden_layers, floor=held_out.entropy_floor)
     seconds, records = 0.0, []
     for record in itertools.islice(read_log(folder / "log.jsonl"), 1, None):
         seconds += run.batch_size * run.seq_len / record.get("tok_per_s", math.inf)  # left out
         if "val_loss" in record:
-            records.append(
-                {
-                    "model": name, "seed": seed, "run": [options.data, options.tokens],
-                    "total": total, "active": active,
-                    "cached": cached * config.num_hidden_layers, "tokens": record["tokens"],
-                    "flops": rounded(per_token * record["tokens"]), "seconds": rounded(seconds, 4),
-                    "val_loss": record["val_loss"], "floor": rounded(held_out.entropy_floor),
-                    "val_recall": record["val_recall"],
-                }
-            )  # fmt: skip
+            own = {key: record[key] for key in ("tokens", "val_loss", "val_recall")}
+            own |= dict(flops=per_token * record["tokens"], seconds=rounded(seconds, 4))
+            records.append(same | own)
     return records
 
 
@@ -211,17 +195,13 @@ def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[s
 
 def curve(records: list[dict[str, Any]], name: str, over: str) -> tuple[list, list]:
     """The means over the seeds of `over` and of the loss above the floor."""
-    points: dict[int, list[tuple[float, float]]] = {}
-    for r in records:
-        if r["model"] == name:
-            points.setdefault(r["tokens"], []).append((r[over], r["val_loss"] - r["floor"]))
-    means = [
-        [statistics.mean(xs) for xs in zip(*p, strict=True)] for _, p in sorted(points.items())
-    ]
-    return [x for x, _ in means], [y for _, y in means]
+    own = [r for r in records if r["model"] == name]
+    groups = [[r for r in own if r["tokens"] == n] for n in sorted({r["tokens"] for r in own})]
+    above = [statistics.mean(r["val_loss"] - r["floor"] for r in group) for group in groups]
+    return [statistics.mean(r[over] for r in group) for group in groups], above
 
 
-def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], target: Path) -> None:
+def draw(records: list[dict[str, Any]], panels: list[tuple], target: Path) -> None:
     """A picture with a panel for each (title, models, x)."""
     import matplotlib
 
@@ -240,10 +220,7 @@ def draw(records: list[dict[str, Any]], panels: list[tuple[str, tuple, str]], ta
                 label = f"{name}: {r['total'] / 1e6:.1f}M, {r['active'] / 1e6:.2f}M active"
                 label += f", {r['cached']} cached" if "mha-cache" in names else ""
                 axis.plot(*curve(records, name, over), "-o", ms=3, color=f"C{i}", label=label)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel(labels[over])
-        axis.set_title(title)
+        axis.set(title=title, xlabel=labels[over], xscale="log", yscale="log")
         if axis.has_data():
             axis.legend(frameon=False, fontsize="x-small")
         axis.grid(alpha=0.2)
@@ -274,31 +251,21 @@ def main() -> None:
     for name in chosen:
         if name not in MODELS:
             raise UsageError(f"--only {name!r} is no model: choose from {','.join(MODELS)}")
-    if options.data.partition(":")[0] != "stories":
-        raise UsageError(
-            f"--data {options.data!r} must be stories or stories:N: only they have a floor"
-        )
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "scaling.jsonl"
-    known = list(read_log(file))
-    others = [r for r in known if r["run"] != [options.data, options.tokens]]  # kept, but not drawn
-    records = [r for r in known if r not in others]
+    known = list(read_log(file))  # of runs of other lengths too, which are kept, but not drawn
     for seed, name in itertools.product(range(options.seeds), chosen):
-        if any(r["model"] == name and r["seed"] == seed for r in records):
+        if any([r["model"], r["seed"], r["run"]] == [name, seed, options.tokens] for r in known):
             continue
-        folder = out / f"{re.sub('[/*]', '-', name)}-{seed}"
-        new = measure(name, seed, folder, options)
-        records += new
-        whole = "".join(json.dumps(r) + "\n" for r in others + records)
-        file.with_suffix(".tmp").write_text(whole, encoding="utf-8")
-        os.replace(file.with_suffix(".tmp"), file)
-        end = new[-1]
-        print(
-            f"{name}, seed {seed}: {end['val_loss']:.4f} nats per token after"
-            f" {end['seconds'] / 60:.1f} minutes",
-            flush=True,
-        )
+        known += measure(name, seed, out / f"{re.sub('[/*]', '-', name)}-{seed}", options)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in known), encoding="utf-8")
+        os.replace(temporary, file)
+        loss, minutes = known[-1]["val_loss"], known[-1]["seconds"] / 60
+        said = f"{name}, seed {seed}: {loss:.4f} nats per token after {minutes:.1f} minutes"
+        print(said, flush=True)
+    records = [r for r in known if r["run"] == options.tokens]
     print_table(records)
     sizes = [("equal tokens", "tokens"), ("equal compute", "flops"), ("equal time", "seconds")]
     draw(records, [(title, SIZES, over) for title, over in sizes], out / "sizes.png")
