@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -119,37 +118,36 @@ def corpus(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    os.environ["DEEPSEEK_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+def call(line: str | list[str]) -> None:
+    """Run a script in this process: call("train ...")."""
+    name, *arguments = line.split() if isinstance(line, str) else line
+    script = {m.__name__.rpartition(".")[2]: m for m in SCRIPTS}[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runtime.run_script(script.main)
 
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = os.environ | {"DEEPSEEK_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
-    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
-    subprocess.run(
-        [*command, "--steps", "2", "--out", str(folder)],
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    call(f"train {MODEL} --data {corpus} --steps 2 --out {folder}")
     return folder / "ckpt.pt"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
+def run(capsys):
+    """run("train ...") is the exit code of a call, its stdout and stderr."""
 
     def run(line: str | list[str]):
-        name, *arguments = line.split() if isinstance(line, str) else line
-        script = {m.__name__.rpartition(".")[2]: m for m in SCRIPTS}[name]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:
-            runtime.run_script(script.main)
+            call(line)
         except SystemExit as exit:
             code = exit.code
         out = capsys.readouterr()
