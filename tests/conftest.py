@@ -17,7 +17,7 @@ import finetune
 import sample
 import train
 from benchmarks import scaling, speed
-from common import data, runtime
+from common import data, runtime, trainer
 from deepseek import YARN_V2, Config, DeepSeek
 
 ROOT = Path(train.__file__).parent
@@ -138,6 +138,12 @@ def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     call(f"train {MODEL} --data {corpus} --steps 2 --out {folder}")
     return folder / "ckpt.pt"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs draw no curves, which take a second."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda log, target: target.touch())
 
 
 @pytest.fixture
