@@ -17,7 +17,7 @@ import finetune
 import sample
 import train
 from benchmarks import scaling, speed
-from common import data, runtime, trainer
+from common import checkpoint, data, runtime, trainer
 from deepseek import YARN_V2, Config, DeepSeek
 
 ROOT = Path(train.__file__).parent
@@ -85,13 +85,17 @@ def oracle(config: Config):
     return transformers.DeepseekV2ForCausalLM(other).eval()
 
 
-SCRIPTS = (train, finetune, sample, speed, scaling)
+SCRIPTS = dict(train=train, finetune=finetune, sample=sample, speed=speed, scaling=scaling)
 MODEL = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
     " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
     " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
     " --seq_len 32 --batch_size 4 --eval_tokens 500 --dtype float32"
 )
+
+
+def load(folder):
+    return checkpoint.load_checkpoint(folder / "ckpt.pt", mmap=False)
 
 
 def log_of(folder):
@@ -126,10 +130,9 @@ def cache(tmp_path_factory):
 def call(line: str | list[str]) -> None:
     """Run a script in this process: call("train ...")."""
     name, *arguments = line.split() if isinstance(line, str) else line
-    script = {m.__name__.rpartition(".")[2]: m for m in SCRIPTS}[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        runtime.run_script(script.main)
+        runtime.run_script(SCRIPTS[name].main)
 
 
 @pytest.fixture(scope="session")

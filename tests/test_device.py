@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import GROUPS, MODEL, YARN, log_of, oracle, random_model, small
+from conftest import GROUPS, YARN, oracle, random_model, small
 
 from common import runtime
 from common.runtime import UsageError
@@ -161,25 +161,3 @@ def test_the_fast_experts_learn_as_the_loop_does(device):
         results.append([y, *gradients])
     for a, b in zip(*results, strict=True):
         close(a.float(), b.float(), 2e-2)  # bf16 has 8 bits; sums of it round at each step
-
-
-def test_a_run_trains_resumes_speaks_is_fine_tuned_and_exported(
-    run, undrawn, corpus, tmp_path, device
-):
-    where = f"--device {device}"
-    out = tmp_path / "out"
-    first = f"train {MODEL} --data {corpus} --lr 0.01 --schedule constant --log_level quiet"
-    assert run(f"{first} {where} --steps 20 --out {out}") == (0, "", "")
-    assert run(f"train --resume --steps 30 --out {out} --log_level quiet {where}") == (0, "", "")
-    _, *records = log_of(out)
-    assert [r["step"] for r in records] == list(range(1, 31))
-    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
-    ckpt = f"--ckpt {out}/ckpt.pt"
-    tune = f"finetune {ckpt} --data {corpus} --steps 4 --batch_size 4 --log_level quiet {where}"
-    assert run(f"{tune} --out {tmp_path}/lora") == (0, "", "")
-    speak = f"--prompt The --temperature 0 --max_new_tokens 12 {where}"
-    code, said, _ = run(f"sample {ckpt} --lora {tmp_path}/lora {speak}")
-    assert code == 0 and len(said.split()) > 3
-    code, _, err = run(f"sample {ckpt} --lora {tmp_path}/lora --export {tmp_path}/hf")
-    assert code == 0, err
-    assert run(f"sample --ckpt {tmp_path}/hf {speak}")[1] == said

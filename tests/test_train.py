@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, log_of, same
+from conftest import MODEL, load, log_of, same
 
 import train
 from common import checkpoint, data, runlog, trainer
@@ -17,10 +17,6 @@ from deepseek import Config, DeepSeek, Output
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-
-def load(folder):
-    return checkpoint.load_checkpoint(folder / "ckpt.pt", mmap=False)
 
 
 def batch_at(step):
