@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import finetune
 import sample
 import train
 from benchmarks import scaling, speed
-from common import data, runtime
+from common import checkpoint, data, runtime, trainer
 from deepseek import YARN_V2, Config, DeepSeek
 
 ROOT = Path(train.__file__).parent
@@ -86,13 +85,17 @@ def oracle(config: Config):
     return transformers.DeepseekV2ForCausalLM(other).eval()
 
 
-SCRIPTS = (train, finetune, sample, speed, scaling)
+SCRIPTS = dict(train=train, finetune=finetune, sample=sample, speed=speed, scaling=scaling)
 MODEL = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 16"
     " --qk_nope_head_dim 8 --qk_rope_head_dim 8 --v_head_dim 16 --intermediate_size 64"
     " --moe_intermediate_size 16 --n_routed_experts 4 --num_experts_per_tok 2 --vocab_size 320"
     " --seq_len 32 --batch_size 4 --eval_tokens 500 --dtype float32"
 )
+
+
+def load(folder):
+    return checkpoint.load_checkpoint(folder / "ckpt.pt", mmap=False)
 
 
 def log_of(folder):
@@ -119,37 +122,41 @@ def corpus(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    os.environ["DEEPSEEK_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+def call(line: str | list[str]) -> None:
+    """Run a script in this process: call("train ...")."""
+    name, *arguments = line.split() if isinstance(line, str) else line
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runtime.run_script(SCRIPTS[name].main)
 
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = os.environ | {"DEEPSEEK_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
-    command = [sys.executable, str(ROOT / "train.py"), *MODEL.split(), "--data", str(corpus)]
-    subprocess.run(
-        [*command, "--steps", "2", "--out", str(folder)],
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    call(f"train {MODEL} --data {corpus} --steps 2 --out {folder}")
     return folder / "ckpt.pt"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("train ...") calls the script in this process: (exit code, stdout, stderr)."""
+def undrawn(monkeypatch):
+    """Runs draw no curves, which take a second."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda log, target: target.touch())
+
+
+@pytest.fixture
+def run(capsys):
+    """run("train ...") is the exit code of a call, its stdout and stderr."""
 
     def run(line: str | list[str]):
-        name, *arguments = line.split() if isinstance(line, str) else line
-        script = {m.__name__.rpartition(".")[2]: m for m in SCRIPTS}[name]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         code = 0
         try:
-            runtime.run_script(script.main)
+            call(line)
         except SystemExit as exit:
             code = exit.code
         out = capsys.readouterr()

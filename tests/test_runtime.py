@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, log_of
+from conftest import MODEL, ROOT, load
 
 import finetune
 import sample
@@ -17,6 +17,8 @@ from common import checkpoint, data, runlog, runtime, stories, trainer
 from common.runtime import UsageError
 from deepseek import Config, DeepSeek
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def begun(trained, tmp_path):
@@ -24,33 +26,23 @@ def begun(trained, tmp_path):
     return shutil.copytree(trained.parent, tmp_path / "begun")
 
 
-def stored(folder):
-    return checkpoint.load_checkpoint(folder / "ckpt.pt", mmap=False)
-
-
-def test_rounding_may_change_and_is_said_and_all_else_stays(run, begun, tmp_path):
-    shutil.copytree(begun, tmp_path / "same")
-    before = stored(begun)["args"]
+def test_rounding_may_change_and_is_said_and_all_else_stays(run, begun):
+    before = load(begun)["args"]
     changes = {"dtype": "bfloat16", "grad_accum": 2, "device": "cpu"}
     said = "".join(f" --{name} {value}" for name, value in changes.items())
-    line = "train --resume --steps"
-    code, out, _ = run(f"{line} 4 --out {begun}{said} --checkpoint_activations")
+    line = f"train --resume --out {begun}"
+    code, out, _ = run(f"{line} --steps 4{said} --checkpoint_activations --save_every 2")
     assert code == 0 and "in 2 pieces" in out and "cpu, bfloat16" in out
     changes["checkpoint_activations"] = True
     for name, value in changes.items():
         flag, old = (f"--{name} ", before[name]) if name != "dtype" else ("", "float32")
         assert out.count(f"note     {flag}{value} in place of {old}: results may round") == 1
-    after = stored(begun)["args"]
-    changes |= {"steps": 4, "resume": True, "out": str(begun)}
-    assert after == before | changes
-    code, out, _ = run(f"{line} 4 --out {tmp_path}/same --eval_every 1 --save_every 2")
-    assert code == 0 and "in place of" not in out
-    losses, others = ([r["loss"] for r in log_of(f)[1:]] for f in (begun, tmp_path / "same"))
-    assert losses == pytest.approx(others, abs=0.02) and losses[2:] != others[2:]
-    code, out, _ = run(f"{line} 5 --out {begun}")  # as it was typed last
+    changes |= {"steps": 4, "save_every": 2, "resume": True, "out": str(begun)}
+    assert load(begun)["args"] == before | changes and out.count("in place of") == 4
+    code, out, _ = run(f"{line} --steps 5")  # as it was typed last
     assert code == 0 and "in place of" not in out and "cpu, bfloat16" in out
-    assert run(f"{line} 6 --log_level quiet --out {begun}") == (0, "", "")
-    assert "finished: 6 steps" in run(f"train --resume --log_level info --out {begun}")[1]
+    assert run(f"{line} --steps 6 --log_level quiet") == (0, "", "")
+    assert "finished: 6 steps" in run(f"{line} --log_level info")[1]
 
 
 def test_what_is_learned_may_not_change(run, begun):
@@ -78,7 +70,7 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     assert run(f"{line} --steps 1")[0] == 0
     code, _, err = run(f"{line} --steps 2 --resume")
     assert code == 0, err
-    state = stored(tmp_path / "o") | {"dtype": "bfloat16"}  # as auto may mean on another machine
+    state = load(tmp_path / "o") | {"dtype": "bfloat16"}  # as auto may mean on another machine
     checkpoint.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
     _, out, _ = run(f"{line} --steps 3 --resume")
     assert "note     float32 in place of bfloat16: results may round otherwise" in out
@@ -94,24 +86,25 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     "line, message",
     [
         ("train --size huge", "invalid choice: 'huge'"),
-        ("train --data {tmp}/binary.txt", "binary.txt is not UTF-8 text"),
-        ("train --data {tmp}/short.txt", "too short to hold anything out"),
         ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
         ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
         ("train --data {text} --steps 3 --minutes 3", "exclude each other"),
-        ("train --data {text} --device tpu", "device 'tpu' is unknown"),
         ("train --data {text} --dtype float16 --device cpu", "float16 needs a CUDA card"),
         ("train --data {text} --rope_scaling nonsense", "--rope_scaling"),
-        ("train --data {text} --vocab_size 100", "must be at least 258"),
         ("train --data {text} --batch_size 5 --grad_accum 2", "multiple of --grad_accum 2"),
         ("train --data {text} --max_position_embeddings 16 --seq_len 32", "--seq_len 32 is more"),
-        ("train --data {text} --out {tmp}/empty.txt", "cannot be written"),
+        ("train --data {text} --out {tmp}/file", "cannot be written"),
         ("train --data {text} --size v2", "GiB of memory are needed"),
+        ("train --data {text} --fsdp", "start them with torchrun"),
         ("train --resume --out {tmp}/nothing", "nothing to resume"),
-        ("finetune --ckpt {ckpt} --rank 4", "--rank is called --lora_rank now"),
+        ("train --resume --steps 3 --out {tmp}/optimizer", "its parts do not fit"),
         ("sample --ckpt {tmp}/none.pt", "does not exist"),
-        ("sample --ckpt {tmp}/cut.pt", "is damaged or not one"),
-        ("sample --ckpt {tmp}/alien.pt", "not a checkpoint of train.py"),
+        ("sample --ckpt {tmp}/file", "is damaged or not one"),
+        ("sample --ckpt {tmp}/program/ckpt.pt", "not a checkpoint of train.py"),
+        ("sample --ckpt {tmp}/format/ckpt.pt", "has format 2, this program 3"),
+        ("sample --ckpt {tmp}/config/ckpt.pt", "it has no configuration"),
+        ("sample --ckpt {tmp}/model/ckpt.pt", "do not fit its own configuration"),
+        ("sample --ckpt {tmp}/tokenizer/ckpt.pt", "the tokenizer cannot be read"),
         ("sample --ckpt {tmp}", "has neither ckpt.pt nor config.json"),
         ("sample --ckpt {ckpt} --top_p 2", "--top_p: '2' is not a number above 0 and at most 1"),
         ("sample --ckpt {ckpt} --prompt {long}", "tokens and the context 32"),
@@ -119,12 +112,12 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     ],
 )
 def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, message):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "binary.txt").write_bytes(b"\x7f\xff\x00\x01" * 100)
-    (tmp_path / "short.txt").write_text("too short")
-    torch.save({"weights": torch.ones(3)}, tmp_path / "alien.pt")
-    (tmp_path / "cut.pt").write_bytes(trained.read_bytes()[:5000])
-    line = line.format(tmp=tmp_path, text=corpus, ckpt=trained, long="x" * 99)
+    (tmp_path / "file").write_text("")
+    strange = dict(program="?", format=2, config=None, model={}, tokenizer=None, optimizer={})
+    for part, value in strange.items():
+        (tmp_path / part).mkdir()
+        torch.save(load(trained.parent) | {part: value}, tmp_path / part / "ckpt.pt")
+    line = line.format(tmp=tmp_path, text=corpus, ckpt=trained, long="x" * 31)  # and bos
     if line.startswith("train") and "--out" not in line:
         line += f" --out {tmp_path}/out"
     code, _, err = run(line)
@@ -133,15 +126,13 @@ def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, me
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
-def test_help_tells_of_every_flag_and_its_default(run):
-    for script in (train, finetune, sample):
-        code, out, _ = run(f"{script.__name__} --help")
-        named = [f for f in fields(script.Options) if f.metadata]
-        assert code == 0 and " ".join(out.split()).count("(default: ") >= len(named)
-        names = [f.name for f in named]
-        if script is train:
-            names += {f.name for f in fields(Config)} - {"bos_token_id", "eos_token_id"}
-        assert {f"--{name}" for name in names} <= set(out.replace("]", " ").split())
+@pytest.mark.parametrize("script", [train, finetune, sample], ids=lambda script: script.__name__)
+def test_help_tells_of_every_flag_and_its_default(run, script):
+    code, out, _ = run(f"{script.__name__} --help")
+    named = [f for f in fields(script.Options) if f.metadata]
+    assert code == 0 and " ".join(out.split()).count("(default: ") >= len(named)
+    names = {f.name for f in [*named, *(fields(Config) if script is train else ())]}
+    assert {f"--{name}" for name in names - {"bos_token_id", "eos_token_id"}} <= set(out.split())
 
 
 @pytest.mark.parametrize(
@@ -151,15 +142,21 @@ def test_help_tells_of_every_flag_and_its_default(run):
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "CUDA out of memory. Tried"),
         (OSError(28, "No space left on device"), 2, "[Errno 28] No space"),
         (torch._inductor.exc.InvalidCxxCompiler(), 2, "torch.compile fails here (No working C++"),
+        (UsageError("no"), 2, "no"),
     ],
 )
-def test_how_a_script_ends(run, begun, monkeypatch, error, code, said):
+def test_how_a_script_ends_and_that_debug_shows_the_traceback(
+    run, begun, monkeypatch, error, code, said
+):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(trainer.Trainer, "load_state_dict", fail)
-    ended, _, err = run(f"train --resume --steps 4 --log_level quiet --out {begun}")
-    assert ended == code and err.startswith(f"train.py: {said}")
+    for debug in ("", "1"):
+        monkeypatch.setenv("DEEPSEEK_DEBUG", debug)
+        ended, _, err = run(f"train --resume --steps 4 --log_level quiet --out {begun}")
+        assert ended == code and err.splitlines()[-1].startswith(f"train.py: {said}")
+        assert ("Traceback" in err) == bool(debug) == (err.count("\n") > 1)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
@@ -168,15 +165,14 @@ def test_every_script_keeps_freed_memory_for_the_next_step():
 import resource, torch
 from common import runtime
 runtime.run_script(lambda: None)
-for step in range(12):
-    if step == 2:
-        began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     several = [torch.ones(2**18) for _ in range(16)]  # of a MiB each
     del several
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert int(done.stdout) < 4000  # given back, ten times 16 MiB are 40,960 pages
+    assert int(done.stdout) < 400  # given back, 16 MiB are 4,096 pages
 
 
 def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch):
@@ -189,22 +185,6 @@ def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch):
         assert runtime.choose_dtype("auto", torch.device("cpu")) == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.11 cannot tell
     assert runtime.choose_dtype("auto", torch.device("cpu")) == torch.float32
-
-
-def test_an_interrupted_save_leaves_the_old_checkpoint(begun, monkeypatch):
-    before = (begun / "ckpt.pt").read_bytes()
-
-    def fail(state, file):
-        file.write(b"half of it")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UsageError, match=r"ckpt.pt cannot be written.*0.0 MB and [\d.]+ MB"):
-        checkpoint.save_checkpoint(begun / "ckpt.pt", {})
-    assert (begun / "ckpt.pt").read_bytes() == before and not list(begun.glob("*.tmp"))
-    monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size"):  # which has nothing to do with the disk
-        checkpoint.save_checkpoint(begun / "ckpt.pt", {})
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
@@ -245,17 +225,17 @@ def test_sample_hands_its_flags_on(run, trained, monkeypatch):
     asked = []
 
     def generate(self, prompts, new, **options):
-        asked.append((len(prompts), new, options))
+        asked.append((len(prompts[0]), new, options))
         return iter([])
 
     monkeypatch.setattr(DeepSeek, "generate", generate)
-    flags = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
-    assert run(f"sample --ckpt {trained} {flags}")[0] == 0
-    assert run(f"sample --ckpt {trained} {flags} --compile")[0] == 0
+    flags = f"--prompt {'x' * 30} --max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
+    for more in ("", " --compile"):
+        assert run(f"sample --ckpt {trained} {flags}{more}")[0] == 0
     (plain, *warm, compiled) = asked
     assert all(options == dict(temperature=0, compiled=True) for _, _, options in warm) and warm
-    for (rows, new, options), compile in ((plain, False), (compiled, True)):
-        assert (rows, new, options.pop("compiled")) == (1, 9, compile)
+    for (length, new, options), compile in ((plain, False), (compiled, True)):
+        assert (length, new, options.pop("compiled")) == (31, 9, compile)
         assert options.pop("generator")
         assert options.pop("vocab_size") < 320  # the tokenizer's, without padding
         assert options == dict(temperature=0.5, top_k=3, top_p=0.7, stop=1)
