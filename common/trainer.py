@@ -263,8 +263,10 @@ def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any
     tags also val_recall, the share of them that the model gets right, and the same by tag."""
     nats, kinds = 0.0, 1 + len(held_out.tag_names)
     right, asked = torch.zeros(2, kinds, dtype=torch.long)
-    tags = held_out.tags or [torch.zeros_like(targets) for _, targets in held_out.rows]
-    waiting = [(*row, t) for row, t in zip(held_out.rows, tags, strict=True)]
+    tags = held_out.tags
+    if tags is None:
+        tags = [torch.zeros_like(targets) for _, targets in held_out.rows]
+    waiting = [(*row, t) for row, t in zip(held_out.rows, tags, strict=True)][::-1]
     with evaluating(model), autocast(device, dtype):
         while waiting:
             rows = waiting.pop()
