@@ -26,6 +26,7 @@ from common.rehearsal import Rehearsal
 from common.runlog import read_log
 from common.runtime import (
     FREE,
+    ROUNDING,
     UsageError,
     choose_device,
     choose_dtype,
@@ -64,6 +65,10 @@ class Options(RunOptions):
     dropout: float = flag(0.0, "before it", low=0, high=0.99)
     target_modules: list[str] = flag(TARGETS, "layers to adapt, by name")
     full: bool = flag(False, "train all weights, without LoRA")
+    compile: str = flag(
+        "off", "torch.compile for the blocks: long, as rows are of many lengths", ROUNDING,
+        choices=["on", "off"],
+    )  # fmt: skip
     rehearsal: int = flag(4, "documents in a step that the base writes, not to forget", low=0)
 
 
