@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from common import data, stories
 from common.chat import TEMPLATE
-from common.checkpoint import build_model, stored_config
+from common.checkpoint import build_model
 from common.induction import induction_init
 from common.memory import fixed_memory, plan_pieces
 from common.runtime import (
@@ -176,7 +176,7 @@ def main() -> None:
     options, typed = parse_flags(Options, __doc__)
     options, state = open_run(options, typed)
     if state:  # options: as they were typed then, where the tokenizer has rounded vocab_size up
-        known = vars(stored_config(state)) | options.config
+        known = vars(Config.from_dict(state["config"])) | options.config
         for name, value in typed["config"].items():
             if value != known[name]:
                 refuse_change(name, value, known[name])
@@ -188,7 +188,7 @@ def main() -> None:
     note_dtype(options, state, dtype)
     init_distributed(device)
     if state:
-        config = stored_config(state)
+        config = Config.from_dict(state["config"])
     else:  # the vocabulary may become smaller by the text
         config = Config.preset(options.size, **SPECIAL | options.config)
         options = with_recipe(options, config)
@@ -215,7 +215,7 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype, memory:
         raise UsageError("this version of tokenizers cuts the text otherwise: start another run")
     options = options if state else limit_rounds(options, typed, len(corpus.train.ids))
     batches = data.Batches(corpus.train, options.batch_size, options.seq_len, options.seed)
-    config = stored_config(state) if state else choose_config(options, tokenizer)
+    config = Config.from_dict(state["config"]) if state else choose_config(options, tokenizer)
     rows, tags = eval_rows(config.vocab_size, options.seq_len), ()
     if told:
         tags = stories.tag_facts, stories.FACT_KINDS
