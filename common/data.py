@@ -229,7 +229,7 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path, also: Sequence[st
     given one; or find it prepared, as far as files of the same place, size and time are the same.
     Raises UsageError if it is unusable."""
     if is_stories(source):  # another grammar tells other ones
-        files, text = [], [source, *(stories.tell(seed).text for seed in range(100))]
+        files, text = [], [stories.tell(seed).text for seed in range(100)]
     else:
         files = find_corpus(source)
         text = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -61,7 +61,7 @@ def test_long_documents_are_cut_and_separators_found_wherever_they_stand(tmp_pat
     assert documents_of(tmp_path / "a.txt", (verse + "\n") * 6) == [verse.strip()] * 6
     monkeypatch.setattr(data, "LONGEST", 40)
     for n in range(120):  # within a line
-        texts = [("aébé猫c😀d" * 15)[:n], "y" * n, "z"]
+        texts = [("aébé猫c😀d" * 15)[:n], "y" * 37, "y" * n, "z"]
         found = documents_of(tmp_path / "a.txt", SEPARATOR.join(texts))
         assert "".join(found) == "".join(texts)
         assert found[-1] == "z" and max(map(len, found)) <= 2 * 40 + len(SEPARATOR)
@@ -216,6 +216,7 @@ def test_an_evaluation_covers_every_token_once():
         counted = y != data.IGNORE
         assert (x[counted] + 1 == y[counted]).all()  # the target follows its input
         assert ((x[:, 0] % 100) % 10 == 0).all()  # from the start, or a multiple of seq_len
+    assert [x.shape[1] for x, _ in got.rows] == [10, 9, 2]  # like lengths share a batch
     limited = data.build_eval_set(some_tokens(lengths), tokenizer, 10, 3, limit=12)
     assert limited.tokens == 16  # whole rows, then no more
     with pytest.raises(UsageError, match="nothing to evaluate"):
@@ -223,6 +224,7 @@ def test_an_evaluation_covers_every_token_once():
 
 
 def test_stories_come_with_their_exact_floor_and_their_facts(tmp_path):
+    assert data.count_of("stories", 50_000, least=100) == 50_000
     ready = data.prepare("stories:150", 1024, tmp_path)
     by_text = {story.text: story for story in map(stories.tell, range(150))}
     assert sorted(sum(parts_of(ready), [])) == sorted(by_text)

@@ -51,28 +51,27 @@ def call_and_die(line: str, module=None, name: str = "", n: int = 0) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="what is killed is a fork of this process")
-@pytest.mark.parametrize("name", ["train", "finetune"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train {model} --dtype bfloat16 --grad_accum 2 --token_drop_capacity 1.0 --n_group 2",
+        "finetune --ckpt {trained} --batch_size 4 --dtype float32",
+    ],
+)
 def test_a_run_killed_anywhere_ends_with_the_same_bits(
-    run, undrawn, corpus, trained, tmp_path, monkeypatch, name
+    run, undrawn, corpus, trained, tmp_path, monkeypatch, line
 ):
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
-    line = f"{name} --data {corpus} --steps 24 --eval_every 6 --save_every 1 "
-    line += {
-        "train": f"{MODEL.replace('float32', 'bfloat16')} --grad_accum 2 --token_drop_capacity 1.0"
-        " --n_group 2",
-        "finetune": f"--ckpt {trained} --batch_size 4 --dtype float32",
-    }[name]
+    name = line.split()[0]
+    line = f"{line} --data {corpus} --steps 24 --eval_every 6 --save_every 1"
+    line = line.format(model=MODEL, trained=trained)
     moments = [(np, "save", 1)]  # the text is half prepared
     moments += [(torch, "save", 2), (os, "fsync", 2), (os, "replace", 3), (Log, "write", 2)]
-    moments += [
-        (DeepSeek, "forward", 5),
-        (SCRIPTS[name], "evaluate", 2),
-        (trainer, "draw_curves", 1),
-    ]
+    moments += [(DeepSeek, "forward", 5), (SCRIPTS[name], "evaluate", 2)]
+    moments += [(trainer, "draw_curves", 1)]
     out, codes = tmp_path / "o", []
     for moment in [*moments, ()]:
-        begun = (out / "ckpt.pt").exists()
-        how = f"{name} --resume" if begun else f"{line} --overwrite"
+        how = f"{name} --resume" if (out / "ckpt.pt").exists() else f"{line} --overwrite"
         fork = multiprocessing.get_context("fork").Process(
             target=call_and_die, args=(f"{how} --out {out}", *moment), daemon=True
         )
@@ -167,14 +166,11 @@ def test_a_damaged_file_is_refused_or_does_no_harm(
     names = dict(model=MODEL, corpus=corpus, trained=trained, out=tmp_path / "out")
     assert run(make.format(**names))[0] == 0
     line = f"sample --ckpt {read.format(**names)} --prompt The --temperature 0 --max_new_tokens 12"
-    code, right, err = run(line)
-    assert code == 0, err
+    right = run(line)[1]
     rng, refused = random.Random(0), 0
     for case in range(cases):
-        path, how = (
-            tmp_path / "out" / files[case % len(files)],
-            rng.choice(["cut", "byte", "setting"]),
-        )
+        path = tmp_path / "out" / files[case % len(files)]
+        how = rng.choice(["cut", "byte", "setting"])
         content = path.read_bytes()
         at = rng.randrange(len(content))
         changed = content[:at]
@@ -203,8 +199,7 @@ class Bomb:
 
 def test_code_in_a_checkpoint_is_not_run(run, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = load(trained.parent)
-    torch.save({**state, "tokens": Bomb()}, "bomb.pt")
+    torch.save(load(trained.parent) | {"tokens": Bomb()}, "bomb.pt")
     code, _, err = run("sample --ckpt bomb.pt")
     assert code == 2 and "cannot be read" in err and not Path("exploded").exists()
     torch.load("bomb.pt", weights_only=False)
@@ -221,17 +216,20 @@ LEFT_OUT |= {"num_hidden_layers", "num_samples", "judge", "max_new_tokens"}
 
 
 @sweep(1, len(WORDS))
-@pytest.mark.parametrize("name", ["train", "finetune", "sample"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train {model} --data {corpus} --out o --overwrite --steps 2",
+        "finetune --ckpt {trained} --data {corpus} --out o --overwrite --steps 2",
+        "sample --ckpt {trained} --max_new_tokens 3",
+    ],
+)
 def test_a_script_takes_or_refuses_any_flag(
-    run, undrawn, corpus, trained, tmp_path, monkeypatch, name, cases
+    run, undrawn, corpus, trained, tmp_path, monkeypatch, line, cases
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    begin = {
-        "train": f"train {MODEL} --data {corpus} --out o --overwrite --steps 2",
-        "finetune": f"finetune --ckpt {trained} --data {corpus} --out o --overwrite --steps 2",
-        "sample": f"sample --ckpt {trained} --max_new_tokens 3",
-    }[name]
+    name, *given = line.format(model=MODEL, corpus=corpus, trained=trained).split()
     rng, codes = random.Random(0), set()
     for f in [*fields(SCRIPTS[name].Options), *(fields(Config) if name == "train" else ())]:
         if not f.metadata or f.name in LEFT_OUT:
@@ -239,9 +237,8 @@ def test_a_script_takes_or_refuses_any_flag(
         words = [*WORDS, *(f.metadata.get("choices") or ())]
         for word in rng.sample(words, cases):
             flag = f"--{f.name}" + ("" if f.default is False else f"={word}")
-            code, _, err = run([*begin.split(), flag])
-            assert code in (0, 2) and "Traceback" not in err, (flag, code, err)
-            assert code == 0 or err.strip(), flag
+            code, _, err = run([name, *given, flag])
+            assert code == 0 or (code == 2 and err.count("\n") == 1), (flag, code, err)
             codes.add(code)
     assert codes == {0, 2}
 

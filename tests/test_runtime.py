@@ -88,6 +88,7 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
         ("train --size huge", "invalid choice: 'huge'"),
         ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
         ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
+        ("train --data {text} --lr nan", "--lr: 'nan' is not a number above 0"),
         ("train --data {text} --steps 3 --minutes 3", "exclude each other"),
         ("train --data {text} --dtype float16 --device cpu", "float16 needs a CUDA card"),
         ("train --data {text} --rope_scaling nonsense", "--rope_scaling"),
@@ -100,6 +101,7 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
         ("train --resume --steps 3 --out {tmp}/optimizer", "its parts do not fit"),
         ("sample --ckpt {tmp}/none.pt", "does not exist"),
         ("sample --ckpt {tmp}/file", "is damaged or not one"),
+        ("sample --ckpt {tmp}/changed", "is damaged or not one"),
         ("sample --ckpt {tmp}/program/ckpt.pt", "not a checkpoint of train.py"),
         ("sample --ckpt {tmp}/format/ckpt.pt", "has format 2, this program 3"),
         ("sample --ckpt {tmp}/config/ckpt.pt", "it has no configuration"),
@@ -113,6 +115,8 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
 )
 def test_bad_input_ends_in_one_sentence(run, corpus, tmp_path, trained, line, message):
     (tmp_path / "file").write_text("")
+    weights = load(trained.parent)["model"]["lm_head.weight"].numpy().tobytes()
+    (tmp_path / "changed").write_bytes(trained.read_bytes().replace(weights[:9], b"different"))
     strange = dict(program="?", format=2, config=None, model={}, tokenizer=None, optimizer={})
     for part, value in strange.items():
         (tmp_path / part).mkdir()
@@ -165,7 +169,7 @@ def test_every_script_keeps_freed_memory_for_the_next_step():
 import resource, torch
 from common import runtime
 runtime.run_script(lambda: None)
-for step in range(3):
+for step in range(2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     several = [torch.ones(2**18) for _ in range(16)]  # of a MiB each
     del several

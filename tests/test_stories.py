@@ -128,6 +128,8 @@ def test_a_small_world_is_well_formed_and_its_probabilities_are_as_counted_by_ha
     assert "lamp or an oil lamp seven three Four\n\nBehind the hill" in texts
     assert "two of three: five six four Two\n\nlamp lamp and candle lamp" in texts
     assert all(WORLD.parse(s.text, PLOT) == s for s in drawn[:100])
+    facts = WORLD.sample(WORLD.template("{k:few} {k.Cap} {~k}"), rng).facts
+    assert [kind for _, _, kind in facts] == ["number"]  # of three mentions
     for text in ("[a", "a]", "[a|b", "{x:nowhere}", "<nothing>", "{x:lights.s}"):
         with pytest.raises((ValueError, KeyError)):
             WORLD.template(text)
