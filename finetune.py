@@ -46,7 +46,7 @@ RECIPE = dict(batch_size=16, lr=4e-3, beta2=0.99, schedule="linear")
 FULL_RECIPE = RECIPE | dict(lr=2e-3)
 WARMUP = 20  # steps, or a tenth of all if that is less
 EPOCHS = 3  # unless --steps or --minutes say otherwise
-BUILT_IN_MINUTES = 4.0  # for the built-in instructions, instead of EPOCHS; scoring comes on top
+BUILT_IN_MINUTES = 3.5  # for the built-in instructions, instead of EPOCHS; scoring comes on top
 # the attention's, and the MLPs' of dense layers and shared experts; routed experts lie stacked
 TARGETS = [*MLA_PROJECTIONS, "gate_proj", "up_proj", "down_proj"]
 
@@ -167,7 +167,7 @@ def finetune(options: Options, state, device, dtype) -> None:
     keep = None
     if options.rehearsal:  # adapters leave the weights as they are, so the base shares them
         base = copy.deepcopy(model, {} if options.full else {id(p): p for p in model.parameters()})
-        keep = Rehearsal(base, tokenizer, options.rehearsal, options.seq_len, options.seed, dtype)
+        keep = Rehearsal(base, tokenizer, options.rehearsal, options.seq_len, options.seed)
     if options.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:

@@ -18,18 +18,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.data import IGNORE, pad
-from common.runtime import autocast
 from deepseek import DeepSeek
 
-DOCUMENTS = 600  # that the base writes
+DOCUMENTS, AT_ONCE = 300, 100  # that the base writes
 
 
 class Rehearsal:
     """Documents by the base, and how far a model has gone away from the base on them."""
 
-    def __init__(
-        self, base: DeepSeek, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int, dtype
-    ):
+    def __init__(self, base: DeepSeek, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int):
         """rows: documents in a step, of at most seq_len tokens. base is kept: it is compared with
         at each step."""
         self.base, self.rows, self.seed = base.eval(), rows, seed
@@ -37,12 +34,11 @@ class Rehearsal:
         config, generator = base.config, torch.Generator(self.device).manual_seed(seed)
         self.documents: list[np.ndarray] = []
         while len(self.documents) < DOCUMENTS:
-            with autocast(self.device, dtype):
-                stream = base.generate(
-                    [[config.bos_token_id]] * 50, seq_len, stop=config.eos_token_id,
-                    vocab_size=tokenizer.get_vocab_size(), generator=generator,
-                )  # fmt: skip
-                written = torch.stack(list(stream), 1).cpu().numpy()  # 50 t
+            stream = base.generate(
+                [[config.bos_token_id]] * AT_ONCE, seq_len, stop=config.eos_token_id,
+                vocab_size=tokenizer.get_vocab_size(), generator=generator,
+            )  # fmt: skip
+            written = torch.stack(list(stream), 1).cpu().numpy()  # AT_ONCE t
             for ids in written:
                 ends = np.flatnonzero(ids == config.eos_token_id)
                 ids = ids[: ends[0] + 1] if len(ends) else ids
