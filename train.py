@@ -222,8 +222,6 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype, memory:
     held_out = data.build_eval_set(
         corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens, *tags
     )
-    if not held_out.tokens:
-        raise UsageError(f"{options.data} is too short to hold anything out: give more text")
 
     model = build_model(state) if state else DeepSeek(config)
     if options.induction_init and not state:

@@ -147,9 +147,9 @@ def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[s
     """Train a model; a record for each evaluation. The run's own log stays in folder."""
     run = TrainOptions(
         data=STORIES, device=options.device, out=str(folder), seed=seed, overwrite=True,
-        log_level="quiet", eval_tokens=20_000,
+        log_level="quiet", eval_tokens=20_000, compile="off", grad_accum=1,
     )  # fmt: skip
-    run = with_recipe(run)
+    run = with_recipe(run, Config.preset(run.size))
     every = max(1, options.tokens // (run.batch_size * run.seq_len) // EVALUATIONS)
     steps = every * EVALUATIONS
     warmup = min(run.warmup, steps // 10)

@@ -325,7 +325,13 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
     for name, value in record.items():
         if name not in PEFT_FREE and value not in PEFT_ONLY.get(name, [None, False, {}, []]):
             raise UsageError(f"{folder} has {name} = {value!r}: only plain LoRA is read")
-    rank, alpha, dropout = (record.get(k) or 0.0 for k in ("r", "lora_alpha", "lora_dropout"))
+    rank, alpha, dropout = (record.get(k) or 0 for k in ("r", "lora_alpha", "lora_dropout"))
+    numbers = all(type(n) in (int, float) for n in (rank, alpha, dropout))
+    if not numbers or not 0 < alpha < 1e9 or not 0 <= dropout < 1:
+        raise UsageError(
+            f"{folder} has lora_alpha = {alpha!r}, lora_dropout = {dropout!r}: numbers above 0,"
+            " and below 1, are needed"
+        )
     stored = read_tensors(Path(folder) / "adapter_model.safetensors")
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored}
     linear = modules_of(model, nn.Linear)

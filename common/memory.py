@@ -35,7 +35,7 @@ def free_memory(device: torch.device) -> int | None:
         (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.stat", "total_rss"),
     ):
         try:
-            free = min(free, int(limit.read_text()) - read_number(stat, used))
+            free = min(free, int(limit.read_text(encoding="ascii")) - read_number(stat, used))
         except (OSError, ValueError):  # another version of them, or "max": no limit
             continue
     return free

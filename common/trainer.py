@@ -300,6 +300,8 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
     ids = encode_with_bos(tokenizer, prompt)
     generator = torch.Generator(device).manual_seed(1)
     with evaluating(model):
+        if not model(torch.tensor([ids], device=device)).logits.isfinite().all():
+            return prompt  # a rate that was too high has left nothing to draw from
         stream = model.generate(
             [ids],
             length,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, ROOT, call, log_of
@@ -80,7 +81,7 @@ def runs(tmp_path_factory, corpus, trained):
         process = torchrun(folder, folder / "several.py", json.dumps(together))
         _, err = process.communicate(timeout=300)
         assert process.returncode != 0  # the last is refused
-        assert "train.py: --batch_size 5 must be a multiple of --grad_accum 1 times the 2" in err
+        assert "train.py: --batch_size 5 must be a multiple of the 2" in err
         call(f"{again} --out fsdp_one")
     return folder
 
@@ -92,8 +93,9 @@ def check_same(a, b, weights_within=1e-5):
     for x, y in zip(one, two, strict=True):
         assert x.keys() == y.keys() and x.get("tokens") == y.get("tokens")
         for name in x.keys() - {"tok_per_s"}:
-            close = y[name] if name == "expert_load" else pytest.approx(y[name], rel=1e-4)
-            assert x[name] == close, (name, x, y)
+            # a load has three digits in the log
+            near = dict(rel=0, abs=0.0011) if name == "expert_load" else dict(rel=1e-4, abs=1e-7)
+            assert np.array(x[name]) == pytest.approx(np.array(y[name]), **near), (name, x, y)
     one, two = (torch.load(f / "ckpt.pt", weights_only=True)["model"] for f in (a, b))
     assert one.keys() == two.keys()
     for name in one:

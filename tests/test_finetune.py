@@ -126,6 +126,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     best = min(r["val_loss"] for r in records if "val_loss" in r)
     assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
     model, _ = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
+    half, _ = checkpoint.open_model(str(trained), torch.device("cpu"), "bfloat16")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     total, _ = model.num_parameters()
     ends = ("_proj.weight", "_mqa.weight")  # routed experts have no adapters
     rank = 4 * sum(sum(p.shape) for n, p in model.named_parameters() if n.endswith(ends))
