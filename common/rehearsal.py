@@ -32,47 +32,47 @@ class Rehearsal:
         self.base, self.rows, self.seed = base.eval(), rows, seed
         self.device = base.lm_head.weight.device
         config, generator = base.config, torch.Generator(self.device).manual_seed(seed)
-        self.documents: list[np.ndarray] = []
-        while len(self.documents) < DOCUMENTS:
+        documents = []
+        while len(documents) < DOCUMENTS:
             stream = base.generate(
                 [[config.bos_token_id]] * AT_ONCE, seq_len, stop=config.eos_token_id,
                 vocab_size=tokenizer.get_vocab_size(), generator=generator,
             )  # fmt: skip
-            written = torch.stack(list(stream), 1).cpu().numpy()  # AT_ONCE t
-            for ids in written:
-                ends = np.flatnonzero(ids == config.eos_token_id)
-                ids = ids[: ends[0] + 1] if len(ends) else ids
-                self.documents.append(np.array([config.bos_token_id, *ids])[: seq_len + 1])
+            for row in torch.stack(list(stream), 1).cpu().numpy():  # AT_ONCE t
+                ends = np.flatnonzero(row == config.eos_token_id)
+                row = row[: ends[0] + 1] if len(ends) else row
+                documents.append((np.array([config.bos_token_id, *row[:-1]]), row))
+        # All of one length: a CPU prepares its kernels anew for each shape that it meets.
+        ids, targets = (t.to(self.device) for t in pad(documents))
+        self.ids, self.real = ids, targets != IGNORE  # [DOCUMENTS, t]
 
     def loss(self, model: DeepSeek, step: int, piece: int, pieces: int) -> Tensor:
         """The mean divergence per token, in nats, of the step's documents of one piece of so many:
         a scalar. It depends on seed and step alone."""
         rng = np.random.default_rng([self.seed, step])
-        chosen = rng.choice(len(self.documents), self.rows, replace=False)
-        some = [self.documents[i] for i in chosen]
-        ids, targets = (t.to(self.device) for t in pad([(d[:-1], d[1:]) for d in some]))  # b t
-        real = targets != IGNORE  # b t
-        mine = slice(piece * self.rows // pieces, (piece + 1) * self.rows // pieces)
-        if mine.start == mine.stop:  # there are more pieces than documents
+        chosen = torch.from_numpy(rng.choice(len(self.ids), self.rows, replace=False))
+        mine = chosen[piece * self.rows // pieces : (piece + 1) * self.rows // pieces]
+        if not len(mine):  # there are more pieces than documents
             return torch.zeros((), device=self.device)
-        return divergence(self.base, model, ids[mine], real[mine]) / real.sum()
+        found = divergence(self.base, model, self.ids[mine], self.real[mine])
+        return found / self.real[chosen].sum()
 
 
 def divergence(base: DeepSeek, model: DeepSeek, ids: Tensor, real: Tensor) -> Tensor:
-    """The sum over real places of ids [b, t] of KL(base, model): sum_v p(v) log(p(v) / q(v)).
+    """The sum over the real places of ids [b, t] of KL(base, model) = sum_v p(v) log(p(v) / q(v)).
 
     Logits are made in chunks and made again in the backward pass, as in `DeepSeek.cross_entropy`.
     """
     with torch.no_grad():
-        wanted = base.model(ids)[0][real]  # n D
-    said = model.model(ids)[0][real]  # n D
+        wanted = base.model(ids)[0].flatten(0, 1)  # b*t D
+    said = model.model(ids)[0].flatten(0, 1)  # b*t D
 
-    def chunk_loss(wanted: Tensor, said: Tensor) -> Tensor:
+    def chunk_loss(wanted: Tensor, said: Tensor, real: Tensor) -> Tensor:
         with torch.no_grad():
             p = base.lm_head(wanted).float().log_softmax(-1)  # n V
         q = model.lm_head(said).float().log_softmax(-1)  # n V
-        return F.kl_div(q, p, reduction="sum", log_target=True)
+        return (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * real).sum()
 
     chunk = max(1, 2**25 // base.config.vocab_size)
-    chunks = zip(wanted.split(chunk), said.split(chunk), strict=True)
+    chunks = zip(*(t.split(chunk) for t in (wanted, said, real.flatten())), strict=True)
     return sum(checkpoint(chunk_loss, *part, use_reentrant=False) for part in chunks)
