@@ -46,7 +46,7 @@ RECIPE = dict(batch_size=16, lr=4e-3, beta2=0.99, schedule="linear")
 FULL_RECIPE = RECIPE | dict(lr=2e-3)
 WARMUP = 20  # steps, or a tenth of all if that is less
 EPOCHS = 3  # unless --steps or --minutes say otherwise
-BUILT_IN_MINUTES = 3.5  # for the built-in instructions, instead of EPOCHS; scoring comes on top
+BUILT_IN_MINUTES = 4.0  # for the built-in instructions, instead of EPOCHS; scoring comes on top
 # the attention's, and the MLPs' of dense layers and shared experts; routed experts lie stacked
 TARGETS = [*MLA_PROJECTIONS, "gate_proj", "up_proj", "down_proj"]
 
@@ -69,7 +69,7 @@ class Options(RunOptions):
         "off", "torch.compile for the blocks: long, as rows are of many lengths", ROUNDING,
         choices=["on", "off"],
     )  # fmt: skip
-    rehearsal: int = flag(4, "documents in a step that the base writes, not to forget", low=0)
+    rehearsal: int = flag(4, "documents by the base, every fourth step, not to forget", low=0)
 
 
 def check_flags(options: Options, typed: dict[str, Any]) -> None:

@@ -21,14 +21,15 @@ from common.data import IGNORE, pad
 from deepseek import DeepSeek
 
 DOCUMENTS, AT_ONCE = 300, 100  # that the base writes
+EVERY = 4  # steps there is a rehearsal, with as many times the weight: four at once take less time
 
 
 class Rehearsal:
     """Documents by the base, and how far a model has gone away from the base on them."""
 
     def __init__(self, base: DeepSeek, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int):
-        """rows: documents in a step, of at most seq_len tokens. base is kept: it is compared with
-        at each step."""
+        """rows: documents in a rehearsal, of at most seq_len tokens. base is kept, to be compared
+        with."""
         self.base, self.rows, self.seed = base.eval(), rows, seed
         self.device = base.lm_head.weight.device
         config, generator = base.config, torch.Generator(self.device).manual_seed(seed)
@@ -47,15 +48,17 @@ class Rehearsal:
         self.ids, self.real = ids, targets != IGNORE  # [DOCUMENTS, t]
 
     def loss(self, model: DeepSeek, step: int, piece: int, pieces: int) -> Tensor:
-        """The mean divergence per token, in nats, of the step's documents of one piece of so many:
-        a scalar. It depends on seed and step alone."""
+        """The mean divergence per token, in nats and weighted, of the step's documents of one piece
+        of so many: a scalar. It depends on seed and step alone."""
+        if step % EVERY:
+            return torch.zeros((), device=self.device)
         rng = np.random.default_rng([self.seed, step])
         chosen = torch.from_numpy(rng.choice(len(self.ids), self.rows, replace=False))
         mine = chosen[piece * self.rows // pieces : (piece + 1) * self.rows // pieces]
         if not len(mine):  # there are more pieces than documents
             return torch.zeros((), device=self.device)
         found = divergence(self.base, model, self.ids[mine], self.real[mine])
-        return found / self.real[chosen].sum()
+        return EVERY * found / self.real[chosen].sum()
 
 
 def divergence(base: DeepSeek, model: DeepSeek, ids: Tensor, real: Tensor) -> Tensor:
