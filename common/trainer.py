@@ -704,8 +704,9 @@ class Trainer:
                 seconds.append(time.perf_counter() - tick)
                 if self.steps is None and self.step == first + 20:
                     left = 60 * options.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
-                    # Machines slow down once they are warm, by a tenth where this was measured.
-                    more = max(1, int(0.9 * left / statistics.median(seconds)))
+                    # The first steps are slow, as kernels are prepared. Later machines slow down
+                    # once they are warm, by a tenth where this was measured.
+                    more = max(1, int(0.9 * left / statistics.median(seconds[10:])))
                     self.steps = self.step + int(self.agree(more if rank() == 0 else 0))
                     bar.total = self.steps
                 last = self.step == self.steps
