@@ -38,6 +38,8 @@ def documents_of(path, content):
 def test_a_tokenizer_learns_no_more_than_there_is_and_no_numbers():
     tokenizer = data.train_tokenizer(["2024 2024 2024 2024"], 5000)
     assert tokenizer.get_vocab_size() < 400 and len(tokenizer.encode("2024").ids) == 4
+    typed = data.encode_with_bos(tokenizer, data.BOS + data.EOS)  # is text, not what it spells
+    assert typed[0] == 0 and min(typed[1:]) > 1
     assert tokenizer.decode(data.encode_with_bos(tokenizer, "half a letter \udcff")[-1:]) == "?"
 
 

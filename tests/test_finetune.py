@@ -102,6 +102,8 @@ def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_ane
     assert len(seen) == 500 and sorted(seen.values()) == [1] * 496 + [2] * 4
     assert {len(inputs) for inputs in epoch} == {8}
     assert sum((inputs == 0).sum() for inputs in epoch) < 0.05 * lengths.sum()
+    longest = [inputs.shape[1] for inputs in epoch]
+    assert longest[:50] != sorted(longest[:50])  # batches of short and long ones come mixed
     company = {frozenset(inputs[:, 0].tolist()) for inputs in epoch}
     for batches in (one, chat.AnswerBatches(examples, 8, seed=2)):
         again = [batches.get_batch(step)[0][:, 0] for step in range(63, 126)]
