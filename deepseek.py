@@ -161,10 +161,14 @@ class Config:
     first_k_dense_replace: int = setting(1, "first layers with a dense feed-forward", 0, least=0)
     moe_layer_freq: int = setting(1, "every n-th layer is an MoE layer", 1, LOCAL)
     aux_loss_alpha: float = setting(0.003, "weight of the expert balance loss", 0.001, TRAINING, 0)
-    device_loss_alpha: float = setting(0.05, "weight of the device balance loss", 0.0, TRAINING, 0)
-    comm_loss_alpha: float = setting(0.02, "weight of the communication loss", 0.0, TRAINING, 0)
+    device_loss_alpha: float = setting(
+        0.05, "weight of the device loss; our name", 0.0, TRAINING, 0
+    )
+    comm_loss_alpha: float = setting(
+        0.02, "weight of the communication loss; our name", 0.0, TRAINING, 0
+    )
     token_drop_capacity: float = setting(
-        0.0, "a device's, in mean loads; 0 = off", 0.0, TRAINING, 0
+        0.0, "a device's capacity, in average loads; 0 = off; our name", 0.0, TRAINING, 0
     )
     max_position_embeddings: int = setting(163840, "longest sequence")
     rms_norm_eps: float = setting(1e-6, "epsilon of the block and final norms", 1e-6, least=1e-12)
@@ -221,6 +225,8 @@ class Config:
         c, limited = self, self.topk_method == "group_limited_greedy"
         reach = c.n_routed_experts // c.n_group * (c.topk_group if limited else c.n_group)
         for name, ok, must_be in (
+            ("num_hidden_layers", c.num_hidden_layers <= 10_000, "at most 10000"),
+            ("n_routed_experts", c.n_routed_experts <= 10_000, "at most 10000"),
             # the model does not need this, but transformers does
             ("hidden_size", c.hidden_size % c.num_attention_heads == 0,
              f"a multiple of num_attention_heads = {c.num_attention_heads}"),
@@ -265,7 +271,8 @@ def check_yarn(yarn: Any) -> None:
     if yarn["type"] != "yarn":
         raise ConfigError(f"rope_scaling type {yarn['type']!r} is not built in: yarn is")
     for key in yarn.keys() - {"type"}:
-        check_type(f"rope_scaling {key}", yarn[key], float, 1 if key == "factor" else 0)
+        least = {"factor": 1, "mscale_all_dim": 0}.get(key, 1e-9)
+        check_type(f"rope_scaling {key}", yarn[key], float, least)
     if yarn.get("beta_fast", 32) < yarn.get("beta_slow", 1):
         raise ConfigError("rope_scaling beta_fast must be at least beta_slow (32 and 1 if absent)")
 
@@ -1114,7 +1121,7 @@ class DeepSeek(nn.Module):
         (the padding of the embedding) never come out. compiled puts the steps behind the prompt
         through torch.compile, which takes half a minute, twice, and again for another batch size;
         then a CPU no longer waits between hundreds of small operations.
-        Raises ValueError for an impossible prompt, when the first token is asked for.
+        Raises ValueError for impossible arguments, when the first token is asked for.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
         if any(row.dim() != 1 for row in rows):
@@ -1127,6 +1134,14 @@ class DeepSeek(nn.Module):
             raise ValueError("a prompt is empty: give at least one token")
         if longest >= limit:
             raise ValueError(f"a prompt of {longest} tokens fills the context of {limit}")
+        for name, value, is_right in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
+            ("temperature", temperature, 0 <= temperature < math.inf),
+            ("top_k", top_k, top_k is None or top_k >= 1),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} = {value} is out of range")
         if (max_new_tokens := min(max_new_tokens, limit - longest)) <= 0:
             return
         step = torch.compile(self.model) if compiled else self.model
@@ -1250,6 +1265,9 @@ def add_lora(
         (modules_of(model, LoRALinear), "the model has adapters already: merge them first"),
         (unknown, f"target {''.join(unknown[:1])!r} is no linear layer: {choices}"),
         (not names, f"targets = {', '.join(targets)}: this model has none of them, {choices}"),
+        (rank < 1, f"rank = {rank} must be at least 1"),
+        (not 0 < alpha < math.inf, f"alpha = {alpha} must be above 0"),
+        (not 0 <= dropout < 1, f"dropout = {dropout} must be in [0, 1)"),
     ):
         if bad:
             raise ConfigError(message)

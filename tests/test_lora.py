@@ -108,6 +108,9 @@ def test_targets_are_last_or_full_names_and_unknown_ones_are_refused():
     for options, message in (
         (dict(targets=["experts"]), "target 'experts' is no linear layer"),
         (dict(targets=["q_a_proj"]), "has none of them"),
+        (dict(rank=0), "rank = 0"),
+        (dict(alpha=0.0), "alpha = 0.0"),
+        (dict(dropout=1.0), "dropout = 1.0"),
     ):
         with pytest.raises(ConfigError, match=message):
             add_lora(random_model(small()), **options)

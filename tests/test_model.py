@@ -648,9 +648,13 @@ def test_generation_ends_where_the_context_does_and_keeps_no_gradients():
         ("a prompt is empty", [dict(prompts=[]), dict(prompts=[[1], []])]),
         ("rows of ids", [dict(prompts=[1, 2])]),
         ("128 tokens fills the context of 128", [dict(prompts=[[1] * 128])]),
+        ("temperature = ", [dict(temperature=-1), dict(temperature=math.nan)]),
+        ("top_k = 0", [dict(top_k=0)]),
+        ("top_p = ", [dict(top_p=0.0), dict(top_p=1.5)]),
+        ("max_new_tokens = -1", [dict(max_new_tokens=-1)]),
     ],
 )
-def test_generate_refuses_impossible_prompts(message, options):
+def test_generate_refuses_impossible_arguments(message, options):
     model = random_model(small())
     for some in options:
         with pytest.raises(ValueError, match=message):
@@ -721,6 +725,7 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
         (dict(rope_theta=1.0), "rope_theta = 1.0 must be a finite number, at least 1.1"),
         (dict(aux_loss_alpha=-0.1), "aux_loss_alpha = -0.1 must be a finite number, at least 0"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0 must be a finite number, at least 1e-12"),
+        (dict(num_hidden_layers=10_001), "num_hidden_layers = 10001 must be at most 10000"),
         (dict(norm_topk_prob="no"), "norm_topk_prob = 'no' must be true or false"),
         (dict(bos_token_id=96), "bos_token_id = 96 must be below vocab_size = 96"),
         (dict(eos_token_id=96), "eos_token_id = 96 must be below vocab_size = 96"),
@@ -729,6 +734,7 @@ def test_every_field_acts_and_is_exported_as_its_role_says(field, tmp_path):
         (dict(rope_scaling=YARN_V2 | {"type": "linear"}), "type 'linear' is not built in"),
         (dict(rope_scaling={"type": "yarn", "factor": 2}), "must be null, or an object with"),
         (dict(rope_scaling=YARN_V2 | {"factro": 2}), "must be null, or an object with"),
+        (dict(rope_scaling=YARN_V2 | {"beta_slow": 0}), "beta_slow = 0 must be a finite number"),
         (dict(rope_scaling=YARN_V2 | {"factor": 0.5}), "factor = 0.5 must be a finite number"),
         (dict(rope_scaling=YARN_V2 | {"factor": "40"}), "factor = '40' must be a finite number"),
         (dict(rope_scaling=YARN_V2 | {"beta_fast": 0.5}), "beta_fast must be at least beta_slow"),
