@@ -272,6 +272,9 @@ def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any
             rows = waiting.pop()
             try:
                 inputs, targets = (t.to(device) for t in rows[:2])
+                if held_out.tags is None:  # the loss alone, whose logits are made in chunks
+                    nats += model(inputs, targets).loss.item() * int((targets != IGNORE).sum())
+                    continue
                 logits = model(inputs).logits.float().flatten(0, 1)  # b*t V
                 loss = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
                 hit = (logits.argmax(-1) == targets.flatten()).cpu()
@@ -507,7 +510,6 @@ class Trainer:
     def fit_memory(self, inputs: Tensor, targets: Tensor) -> None:
         """Cut batches so finely that a step fits on a card, by trying two pieces of one, with the
         optimizer's moments in place. Afterwards everything is as it was. Raises UsageError."""
-        before = self.options
         while True:
             state, failed = random_state(self.device), False
             try:
@@ -523,14 +525,6 @@ class Trainer:
                 break
             if not self.cut_finer():
                 raise UsageError(self.too_large())
-        if self.options != before:
-            self.log.write(
-                {
-                    "grad_accum": self.options.grad_accum,
-                    "step": self.step,
-                    "checkpoint_activations": self.options.checkpoint_activations,
-                }
-            )
 
     def compile_now(self, inputs: Tensor, targets: Tensor) -> None:
         """Compile on one piece of a batch; where that fails, say so and go on without."""
@@ -577,6 +571,8 @@ class Trainer:
             return False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        names = "grad_accum", "checkpoint_activations"
+        self.log.write({name: getattr(self.options, name) for name in names})
         how = f"--grad_accum {self.options.grad_accum}"
         how += " --checkpoint_activations" if self.options.checkpoint_activations else ""
         say(options, f"memory   ran out; goes on with {how}")

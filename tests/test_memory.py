@@ -80,7 +80,10 @@ def test_what_does_not_fit_is_cut_finer_to_the_bits_of_as_many_pieces(
     assert same(found, by_hand.fit())
     state = trainer.load_checkpoint(tmp_path / "a" / "ckpt.pt")  # with which --resume begins
     assert state["args"]["grad_accum"] == pieces and state["args"]["checkpoint_activations"] == less
-    assert [r["step"] for r in log_of(tmp_path / "a") if "loss" in r] == [1, 2, 3, 4]
+    header, *records = log_of(tmp_path / "a")
+    found = [r for r in records if "grad_accum" in r]  # which are no steps
+    assert found[-1] == {"grad_accum": pieces, "checkpoint_activations": less}
+    assert [r["step"] for r in records if "step" in r] == [1, 2, 3, 4]
 
 
 def test_a_step_that_outgrows_the_memory_later_is_taken_again_in_more_pieces(tmp_path):
@@ -123,6 +126,13 @@ def test_the_estimate_is_near_what_a_card_took():
         more = memory.activation_memory(config, rows, 1024, checkpointing, torch.bfloat16)
         assert (fixed + more) / 2**30 == pytest.approx(measured, rel=0.25)
     assert fixed == 2 * low
+
+
+def test_a_text_without_tags_is_evaluated_without_all_its_logits():
+    model, logits = random_model(small()), []
+    model.register_forward_hook(lambda module, args, out: logits.append(out.logits))
+    trainer.evaluate(model, evaluation(), CPU, torch.float32)
+    assert logits == [None]
 
 
 @pytest.mark.parametrize("processes, pieces", [(1, 16), (2, 16), (4, 16)])
