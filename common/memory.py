@@ -99,10 +99,8 @@ def plan_pieces(
             )
         choices = [typed]
     copies = world_size() if device.type == "cpu" else 1  # all processes in one memory
-    if not getattr(options, "fsdp", False):
-        fixed *= copies
-    elif device.type == "cuda":
-        fixed //= world_size()
+    is_sharded = getattr(options, "fsdp", False)
+    fixed = fixed * copies // (world_size() if is_sharded else 1)
 
     def needed(pieces: int) -> int:
         rows = options.batch_size // world_size() // pieces
@@ -114,7 +112,7 @@ def plan_pieces(
     if free is None:
         return choices[0], f"about {needed(choices[0]) / 2**30:.2f} GiB"
     pieces, least = choices[0], fixed
-    if device.type != "cuda":
+    if device.type != "cuda" or is_sharded:  # where it is not tried
         pieces = next((n for n in choices if needed(n) <= free), choices[-1])
         least = needed(pieces)
     if least > free:

@@ -152,6 +152,16 @@ def test_on_a_cpu_the_estimate_chooses_the_pieces(processes, pieces, monkeypatch
         memory.plan_pieces(options, config, 10**6, CPU, torch.float32)
 
 
+def test_on_a_card_it_begins_with_the_whole_batch_unless_it_is_sharded(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 6 * 10**8)
+    monkeypatch.setattr(memory, "world_size", lambda: 2)
+    card, config = torch.device("cuda", 0), Config.preset("tiny")
+    for fsdp in (False, True):
+        options = train.Options(batch_size=64, seq_len=256, fsdp=fsdp)
+        pieces, _ = memory.plan_pieces(options, config, 10**8, card, torch.float32)
+        assert (pieces > 1) == fsdp
+
+
 def test_a_container_has_the_memory_that_its_limit_leaves(tmp_path, monkeypatch):
     whole = memory.free_memory(CPU)
     assert whole > 2**28
