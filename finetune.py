@@ -22,7 +22,7 @@ from common.checkpoint import load_checkpoint, open_model
 from common.formats import load_lora, save_lora
 from common.lessons import FinetuneData, evaluate_all, example, read_data, score_table, summarise
 from common.memory import fixed_memory, plan_pieces
-from common.rehearsal import Rehearsal
+from common.rehearsal import DOCUMENTS, EVERY, Rehearsal
 from common.runlog import read_log
 from common.runtime import (
     FREE,
@@ -69,7 +69,10 @@ class Options(RunOptions):
         "off", "torch.compile for the blocks: long, as rows are of many lengths", ROUNDING,
         choices=["on", "off"],
     )  # fmt: skip
-    rehearsal: int = flag(4, "documents by the base, every fourth step, not to forget", low=0)
+    rehearsal: int = flag(
+        4, f"documents by the base, every {EVERY} steps, so as not to forget; 0 = none",
+        low=0, high=DOCUMENTS,
+    )  # fmt: skip
 
 
 def check_flags(options: Options, typed: dict[str, Any]) -> None:

@@ -120,10 +120,9 @@ def read_config(folder: Path) -> Config:
     heads = record.get("num_attention_heads")  # in MLA there are as many keys and values
     only = BUILT_IN | {"num_key_value_heads": heads, "quantization_config": None}
     for name, value in only.items():
-        if record.get(name) not in (None, value):
-            raise UsageError(
-                f"{folder} has {name} = {record[name]!r}; this program builds {value!r}"
-            )
+        given = record.get(name)
+        if given != value and (given is not None or name == "model_type"):
+            raise UsageError(f"{folder} has {name} = {given!r}; this program builds {value!r}")
     rope = record.get("rope_parameters") or record.get("rope_scaling")
     if isinstance(rope, dict):  # transformers 5 spells it "rope_type", and puts theta here too
         record["rope_theta"] = rope.pop("rope_theta", record.get("rope_theta"))
@@ -196,6 +195,8 @@ def read_weights(model: DeepSeek, folder: Path, dtype, device) -> None:
     for file in sorted(folder.glob("model*.safetensors")):
         for pair in read_tensors(file):
             for name, tensor in official_tensors(*pair):
+                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise UsageError(f"{file} holds {name} in {tensor.dtype}: give it in bf16")
                 if name in stored:
                     raise UsageError(f"{file} holds {name}, as another file does: remove one")
                 stored[name] = tensor

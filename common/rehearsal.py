@@ -21,11 +21,13 @@ from common.data import IGNORE, pad
 from deepseek import DeepSeek
 
 DOCUMENTS, AT_ONCE = 300, 100  # that the base writes
-EVERY = 4  # steps there is a rehearsal, with as many times the weight: four at once take less time
+# Steps from one rehearsal to the next, and its weight: four documents at once take less time than
+# one in each step.
+EVERY = 4
 
 
 class Rehearsal:
-    """Documents by the base, and how far a model has gone away from the base on them."""
+    """Documents by the base, and how far a model has moved away from the base on them."""
 
     def __init__(self, base: DeepSeek, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int):
         """rows: documents in a rehearsal, of at most seq_len tokens. base is kept, to be compared

@@ -120,6 +120,7 @@ def test_what_is_not_this_model_or_damaged_is_refused_in_a_sentence(folder):
         *[({name: "V3"}, f"has {name} = 'V3'; this program builds") for name in built_in.split()],
         (dict(num_key_value_heads=1), "num_key_value_heads = 1; this program builds 3"),
         (dict(quantization_config={"quant_method": "fp8"}), "'fp8'}; this program builds None"),
+        (dict(model_type="absent"), "has model_type = None"),
         (dict(hidden_size="absent"), "the configuration lacks 'hidden_size'"),
         (dict(vocab_size=2**31 - 1), r"has \[96, 48\] for lm_head.weight"),
         (dict(topk_method="noaux_tc"), "'noaux_tc'"),
@@ -132,6 +133,7 @@ def test_what_is_not_this_model_or_damaged_is_refused_in_a_sentence(folder):
     for changes, message in (
         ({name: None}, rf"has nothing for {name}, where \[24, 48\] fits"),
         ({name: whole[name][:5]}, rf"has \[5, 48\] for {name}, where \[24, 48\] fits"),
+        ({name: whole[name].to(torch.int8)}, f"holds {name} in torch.int8: give it in bf16"),
         ({"lm_head.bias": torch.zeros(96)}, r"has \[96\] for lm_head.bias, where nothing fits"),
     ):
         save_file({k: v for k, v in (whole | changes).items() if v is not None}, path)

@@ -99,6 +99,7 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
         ("train --data {text} --fsdp", "start them with torchrun"),
         ("train --resume --out {tmp}/nothing", "nothing to resume"),
         ("train --resume --steps 3 --out {tmp}/optimizer", "its parts do not fit"),
+        ("finetune --ckpt {ckpt} --rehearsal 301", "of at least 0 and at most 300"),
         ("sample --ckpt {tmp}/none.pt", "does not exist"),
         ("sample --ckpt {tmp}/file", "is damaged or not one"),
         ("sample --ckpt {tmp}/changed", "is damaged or not one"),
