@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, log_of, same
+from conftest import MODEL, log_of, random_model, same, small
 
 import finetune
 from common import chat, checkpoint, data, lessons, stories
@@ -110,6 +110,18 @@ def test_an_epoch_has_each_example_once_in_full_batches_of_like_length_mixed_ane
         assert not company & {frozenset(inputs.tolist()) for inputs in again}
     for step in (3, 70, 3):  # it depends on nothing but seed and step
         assert all(map(torch.equal, one.get_batch(step), two.get_batch(step)))
+
+
+@torch.no_grad()
+def test_padding_changes_no_answers_loss():
+    model = random_model(small())
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, 96, (2, length)) for length in (5, 9, 20)]
+    inputs, targets = data.pad(rows)
+    alone = sum(
+        model(*(torch.from_numpy(t)[None] for t in row)).loss * row.shape[1] for row in rows
+    )
+    assert model(inputs, targets).loss.item() == pytest.approx(alone.item() / 34, rel=1e-5)
 
 
 @pytest.mark.parametrize("full", ["", "--full"])
