@@ -864,8 +864,8 @@ class Experts(nn.Module):
         """
         (N, D), K, expert = x.shape, index.shape[1], index.flatten()  # N*K
         # On a CPU a kernel is prepared for each number of rows that is met. Where runs begin at
-        # multiples of 32, these are few: without that, a step of tiny in bf16 takes 2.6 times as
-        # long. Rows between the runs are zeros.
+        # multiples of 32, these numbers are few. Rows between the runs are zeros; what the products
+        # give behind the last run is undefined, and never read.
         block = 32 if x.device.type == "cpu" else 1
         order = expert.argsort(stable=True)  # N*K
         count = torch.zeros(len(gate_up), dtype=torch.long, device=x.device)
