@@ -153,9 +153,9 @@ def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str
 
 
 @contextmanager
-def run_lock(out: str) -> Iterator[None]:
+def run_lock(options: RunOptions) -> Iterator[None]:
     """The folder of a run, made and held for this run alone. Raises UsageError."""
-    folder = Path(out)
+    out, folder = options.out, Path(options.out)
     if rank() > 0:
         yield
         return
@@ -172,6 +172,10 @@ def run_lock(out: str) -> Iterator[None]:
         raise UsageError(
             f"another run is writing to {out}: wait for it, or give another --out"
         ) from error
+    except OSError as error:  # some file systems have no locks
+        say(
+            options, f"note     {out} cannot be locked ({error.strerror}): start no other run there"
+        )
     try:
         yield
     finally:
@@ -260,37 +264,53 @@ def eval_rows(vocab_size: int, seq_len: int) -> int:
 
 def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any]:
     """val_loss (nats per token, cross-entropy alone) and val_bpb (bits per byte); where tokens have
-    tags also val_recall, the share of them that the model gets right, and the same by tag."""
-    nats, kinds = 0.0, 1 + len(held_out.tag_names)
-    right, asked = torch.zeros(2, kinds, dtype=torch.long)
-    tags = held_out.tags
-    if tags is None:
-        tags = [torch.zeros_like(targets) for _, targets in held_out.rows]
-    waiting = [(*row, t) for row, t in zip(held_out.rows, tags, strict=True)][::-1]
+    tags also val_recall, the share of them that are recalled, and the same by tag.
+
+    A token with a tag is recalled if the model finds it likelier than every other token that has
+    this tag anywhere: a name among the names. So what could as well be worded otherwise at this
+    place does not count as forgotten. Each process evaluates its share of the rows.
+    """
+    kinds = 1 + len(held_out.tag_names)  # 0: tokens without a tag
+    nats, right, asked = 0.0, [0] * kinds, [0] * kinds
+    tags = held_out.tags or [torch.zeros_like(targets) for _, targets in held_out.rows]
+    rows = [(*row, t) for row, t in zip(held_out.rows, tags, strict=True)]
+    said, tag_of = (torch.cat([row[i].flatten() for row in rows]) for i in (1, 2))
+    values = [said[tag_of == tag].unique() for tag in range(kinds)]
+    waiting = rows[rank() :: world_size()][::-1]
+    if len(waiting) < -(-len(rows) // world_size()):  # with --fsdp all compute equally often
+        inputs, targets, tags = rows[0]
+        waiting.append((inputs, torch.full_like(targets, IGNORE), torch.zeros_like(tags)))
     with evaluating(model), autocast(device, dtype):
         while waiting:
-            rows = waiting.pop()
+            inputs, targets, tags = rows = waiting.pop()
             try:
-                inputs, targets = (t.to(device) for t in rows[:2])
                 if held_out.tags is None:  # the loss alone, whose logits are made in chunks
-                    nats += model(inputs, targets).loss.item() * int((targets != IGNORE).sum())
+                    loss = model(inputs.to(device), targets.to(device)).loss.item()
+                    nats += loss * int((targets != IGNORE).sum())
                     continue
-                logits = model(inputs).logits.float().flatten(0, 1)  # b*t V
-                loss = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
-                hit = (logits.argmax(-1) == targets.flatten()).cpu()
+                logits = model(inputs.to(device)).logits.flatten(0, 1)  # b*t V
+                wanted = targets.flatten().to(device)
+                loss = F.cross_entropy(logits.float(), wanted, reduction="sum").item()
             except torch.OutOfMemoryError:
-                if len(rows[0]) == 1:
+                if len(inputs) == 1:
                     raise
                 waiting += zip(*(t.tensor_split(2) for t in rows), strict=True)
                 continue
             nats += loss
-            right += torch.bincount(rows[2].flatten()[hit], minlength=kinds)
-            asked += torch.bincount(rows[2].flatten(), minlength=kinds)
+            for tag in range(1, kinds):
+                at = (tags.flatten() == tag).nonzero().flatten()
+                if not len(at):
+                    continue
+                found = values[tag][logits[at.to(device)].cpu()[:, values[tag]].argmax(-1)]
+                right[tag] += int((found == targets.flatten()[at]).sum())
+                asked[tag] += len(at)
+    sums = torch.tensor([nats, *right, *asked], dtype=torch.float64)
+    nats, *counts = all_reduce_sum(sums.to(device) if world_size() > 1 else sums).tolist()
+    right, asked = counts[1:kinds], counts[kinds + 1 :]
     result = {
         "val_loss": rounded(nats / held_out.tokens),
         "val_bpb": rounded(nats / math.log(2) / max(1, held_out.bytes)),
     }
-    right, asked = right.tolist()[1:], asked.tolist()[1:]  # 0: tokens without a tag
     if any(asked):
         shares = zip(held_out.tag_names, right, asked, strict=True)
         result["val_recall"] = rounded(sum(right) / sum(asked), 4)
@@ -695,14 +715,18 @@ class Trainer:
             self.stop = self.agree(self.stop_requested) > 0
             while not self.stop and self.step < (self.steps or math.inf):
                 tick = time.perf_counter()
-                record, load = self.train_step(*get_batch(self.step))
+                inputs, targets = get_batch(self.step)
+                record, load = self.train_step(inputs, targets)
                 self.check_health(record, bar)
                 seconds.append(time.perf_counter() - tick)
                 if self.steps is None and self.step == first + 20:
-                    left = 60 * options.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
                     # The first steps are slow, as kernels are prepared. Later machines slow down
                     # once they are warm, by a tenth where this was measured.
-                    more = max(1, int(0.9 * left / statistics.median(seconds[10:])))
+                    pace = statistics.median(seconds[10:]) / 0.9
+                    # An evaluation takes no longer than training on as many tokens.
+                    pause = min(pause, pace * options.eval_tokens / inputs.numel())
+                    left = 60 * options.minutes - (time.perf_counter() - began) - 10 * (pause + 1)
+                    more = max(1, int(left / pace))
                     self.steps = self.step + int(self.agree(more if rank() == 0 else 0))
                     bar.total = self.steps
                 last = self.step == self.steps
