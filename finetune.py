@@ -149,7 +149,7 @@ def main() -> None:
     dtype = choose_dtype(options.dtype, device)
     note_dtype(options, state, dtype)
     init_distributed(device)
-    with run_lock(options.out):
+    with run_lock(options):
         finetune(options, state, device, dtype)
 
 

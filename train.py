@@ -73,7 +73,7 @@ class Options(RunOptions):
     out: str = flag("out", "folder for what the run leaves", FREE)
     size: str = flag("tiny", "of the model", choices=list(PRESETS))
     data: str = flag(
-        "stories", ".txt, .jsonl, folder of .txt, stories, stories:N, tinystories", FREE
+        "stories", ".txt, .jsonl, folder of such, stories, stories:N, tinystories", FREE
     )
     fsdp: bool = flag(False, "under torchrun, shard weights and optimizer over processes", FREE)
     low_memory: bool = flag(
@@ -156,6 +156,8 @@ def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memor
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         f"writes   ckpt.pt, log.jsonl, curves.png in {options.out}; tokens in {corpus.folder}",
     ]
+    if corpus.remark:
+        lines.append(f"note     {corpus.remark}")
     if floor is not None:
         lines.append(f"floor    {floor:.4f} nats/token, the entropy of the stories")
     if floor is not None and options.size != "tiny":
@@ -197,7 +199,7 @@ def main() -> None:
         model = DeepSeek(config).to(torch.bfloat16 if options.low_memory else torch.float32)
     pieces, memory = plan_pieces(options, config, fixed_memory(model), device, dtype)
     options = replace(options, grad_accum=pieces)
-    with run_lock(options.out):
+    with run_lock(options):
         train(options, typed, state, device, dtype, memory)
 
 

@@ -165,7 +165,7 @@ def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[s
     torch.manual_seed(seed)
     model = make_model(name, choose_config(run, corpus.tokenizer))
     induction_init(model, run.induction_init)
-    with run_lock(run.out):
+    with run_lock(run):
         trainer = Trainer(run, model, corpus.tokenizer, corpus.digest, device, dtype)
         trainer.fit(batches.get_batch, lambda: evaluate(model, held_out, device, dtype), lambda: "")
     if trainer.stop:  # Ctrl-C: what is half done is not counted

@@ -4,8 +4,9 @@ Instructions: what a model is asked, and what it is to answer, in DeepSeek's cha
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,62 +25,102 @@ CHAT_TEMPLATE = (  # the same for transformers, in Jinja; text of the system sta
 )
 
 
-def encode_chat(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | None]]) -> list[int]:
-    """The ids of (question, answer) pairs in DeepSeek's chat template; the last answer may be
-    None: it is the model's turn. Special tokens typed into a question stay text."""
-    ids = encode_with_bos(tokenizer, "")
-    for question, answer in turns:
-        ids += encode_with_bos(tokenizer, TEMPLATE.format(question=question))[1:]
+class Dialogue(NamedTuple):
+    """What was asked and answered, after a text of the system, if any."""
+
+    turns: Sequence[tuple[str, str | None]]  # question, answer; None: it is the model's turn
+    system: str = ""
+
+
+def encode_turns(tokenizer: Tokenizer, dialogue: Dialogue) -> Iterator[tuple[list[int], bool]]:
+    """A dialogue in DeepSeek's chat template, in pieces: ids, and whether they are an answer."""
+    ids, before = encode_with_bos(tokenizer, ""), f"{dialogue.system}\n\n" * bool(dialogue.system)
+    for question, answer in dialogue.turns:
+        ids += encode_with_bos(tokenizer, before + TEMPLATE.format(question=question))[1:]
+        yield ids, False
         if answer is not None:
-            ids += [*encode_with_bos(tokenizer, f" {answer}")[1:], tokenizer.token_to_id(EOS)]
-    return ids
+            yield [*encode_with_bos(tokenizer, f" {answer}")[1:], tokenizer.token_to_id(EOS)], True
+        ids, before = [], ""
 
 
-def read_instructions(path: Path) -> list[tuple[str, str]]:
-    """(question, answer) pairs of a .json (a list) or .jsonl in Alpaca's form: the question is
-    `instruction` and, where there is one, `input` on the next line; the answer is `output`."""
-
-    def pick(row: dict) -> list[str]:
-        return [row["instruction"], row.get("input") or "", row["output"]]
-
-    rows = read_rows(path, 'an "instruction" and an "output"', pick)
-    return [("\n".join(filter(None, question)), answer) for *question, answer in rows]
+def encode_chat(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | None]]) -> list[int]:
+    """The ids of a dialogue's turns. Special tokens typed into a question stay text."""
+    return [token for ids, _ in encode_turns(tokenizer, Dialogue(turns)) for token in ids]
 
 
-def hold_out(pairs: list[tuple[str, str]]) -> tuple[list, list]:
-    """Pairs to train on and pairs held out, equal questions together."""
-    _, below = scan(question for question, _ in pairs)
+ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+
+
+def texts_of(row: dict) -> list[str]:
+    """The system's text of a row, or "", and questions and answers in turn; nothing where others
+    speak, or not in turn. Rows are of three kinds: `messages` of roles, `conversations` as in
+    ShareGPT, or Alpaca's `instruction`, `input` on the next line, `output`, with the turns before
+    them in `history`."""
+    said = row.get("messages", row.get("conversations"))
+    if said is None:
+        question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
+        before = itertools.chain.from_iterable(row.get("history") or [])
+        return [row.get("system") or "", *before, question, row["output"]]
+    roles = [m["role"] if "role" in m else m["from"] for m in said]
+    roles = [ROLES.get(role, role) for role in roles]
+    texts = [m["content"] if "content" in m else m["value"] for m in said]
+    if roles[:1] != ["system"]:
+        roles, texts = ["system", *roles], ["", *texts]
+    in_turn = roles[1:] == ["user", "assistant"] * (len(roles) // 2) and len(roles) > 1
+    return texts if in_turn else []
+
+
+def read_dialogues(files: Iterable[Path]) -> tuple[list[Dialogue], Counter]:
+    """The dialogues of .json or .jsonl files, and how many rows were left out. Raises UsageError
+    for a row of no kind that `texts_of` knows."""
+    dialogues, remarks = [], Counter()
+    for path in files:
+        for texts in read_rows(path, 'an "instruction" and an "output", or "messages"', texts_of):
+            if texts:
+                turns = list(zip(texts[1::2], texts[2::2], strict=True))
+                dialogues.append(Dialogue(turns, texts[0]))
+            else:
+                remarks["left out with other roles than user and assistant in turn"] += 1
+    return dialogues, remarks
+
+
+def hold_out(dialogues: Sequence[Dialogue]) -> tuple[list, list]:
+    """Dialogues to train on and dialogues held out, those of equal first questions together."""
+    _, below = scan(dialogue.turns[0][0] for dialogue in dialogues)
     parts = [], []
-    for question, answer in pairs:
-        parts[mark(question) < below].append((question, answer))
+    for dialogue in dialogues:
+        parts[mark(dialogue.turns[0][0]) < below].append(dialogue)
     return parts
 
 
 class Example(NamedTuple):
-    """A dialogue of one question and its answer, as tokens."""
+    """A dialogue as tokens."""
 
-    question: str
-    inputs: np.ndarray  # [n] int64: bos, the question in the template, the answer
-    targets: np.ndarray  # [n] int64: the next token, IGNORE within the question; at the end eos
+    question: str  # the first
+    inputs: np.ndarray  # [n] int64: bos, questions in the template, answers
+    targets: np.ndarray  # [n] int64: the next token, IGNORE within questions; after answers eos
 
 
 def make_examples(
-    pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int
+    dialogues: Iterable[Dialogue], tokenizer: Tokenizer, seq_len: int
 ) -> tuple[list[Example], Counter]:
-    """Examples of at most seq_len inputs, and how many were not taken as they are: an answer too
-    long is cut (and not followed by eos); one that is empty, or has no room, is left out."""
+    """Examples of at most seq_len inputs, and how many were not taken as they are: a dialogue too
+    long is cut (and not followed by eos); one with an empty answer, or no room for the first, is
+    left out."""
     examples, remarks = [], Counter()
-    for question, answer in pairs:
-        start = len(encode_chat(tokenizer, [(question, None)]))
-        ids = np.array(encode_chat(tokenizer, [(question, answer.strip())]))
-        if not answer.strip():
+    for dialogue in dialogues:
+        turns = [(question, answer.strip()) for question, answer in dialogue.turns]
+        pieces = list(encode_turns(tokenizer, dialogue._replace(turns=turns)))
+        ids = np.array([token for piece, _ in pieces for token in piece])
+        is_answer = np.concatenate([np.full(len(piece), said) for piece, said in pieces])
+        if not all(answer for _, answer in turns):
             remarks["left out without an answer"] += 1
-        elif start >= seq_len:
+        elif len(pieces[0][0]) >= seq_len:
             remarks["left out with too long a question"] += 1
         else:
-            remarks["answers cut"] += len(ids) > seq_len + 1
-            targets = np.where(np.arange(len(ids)) < start, IGNORE, ids)
-            examples.append(Example(question, ids[:-1][:seq_len], targets[1:][:seq_len]))
+            remarks["cut"] += len(ids) > seq_len + 1
+            targets = np.where(is_answer, ids, IGNORE)
+            examples.append(Example(turns[0][0], ids[:-1][:seq_len], targets[1:][:seq_len]))
     return examples, remarks
 
 

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,9 +61,10 @@ def count_of(source: str, default: int, least: int) -> int:
     return int(number)
 
 
-def find_corpus(source: str) -> list[Path]:
-    """The files behind a --data value other than stories: a .txt, .json or .jsonl, those of a
-    folder of .txt, or one that is kept (and resumed) in the hub's cache. Raises UsageError."""
+def find_corpus(source: str) -> tuple[list[Path], int]:
+    """The files behind a --data value other than stories: a .txt, .json or .jsonl, the .txt and
+    .jsonl of a folder, or one that is kept (and resumed) in the hub's cache; and how many files of
+    a folder are passed over. Raises UsageError."""
     path = Path(source)
     if source in HUB:
         from huggingface_hub import hf_hub_download  # comes with tokenizers
@@ -73,10 +75,13 @@ def find_corpus(source: str) -> list[Path]:
         except OSError as error:  # the hub's errors are such
             message = f"{repo} cannot be reached: fetch {name} elsewhere and give it as --data"
             raise UsageError(message) from error
-    if path.suffix in (".txt", ".json", ".jsonl") and path.is_file():
-        return [path]
-    if files := sorted(f for f in path.rglob("*.txt") if f.is_file()):
-        return files
+    if path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
+        return [path], 0
+    inside = [f for f in path.rglob("*") if f.is_file()]
+    texts = [f for f in inside if f.suffix.lower() in (".txt", ".jsonl")]  # a .json may be settings
+    # systems and editors leave hidden files beside texts
+    if files := sorted(f for f in texts if "/." not in f"/{f.relative_to(path).as_posix()}"):
+        return files, len(inside) - len(files)
     raise UsageError(f"data {source!r} is no text that can be read: see --data in --help")
 
 
@@ -85,7 +90,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
     Raises UsageError."""
     for path in files:
         texts = txt_documents(path)
-        if path.suffix in (".json", ".jsonl"):
+        if path.suffix.lower() != ".txt":
             texts = (text for (text,) in read_rows(path, 'a "text"', lambda row: [row["text"]]))
         try:
             yield from filter(None, map(str.strip, texts))
@@ -110,13 +115,15 @@ def txt_documents(path: Path) -> Iterator[str]:
 
 
 def read_rows(path: Path, wanted: str, pick: Callable) -> Iterator[Sequence[str]]:
-    """The texts that `pick` takes out of each row: a line of a .jsonl, or an element of the list
-    in a .json. Raises UsageError for a row without them."""
+    """The texts that `pick` takes out of each row: an element of a JSON list, or a line of JSON
+    each, whatever the file is called. Raises UsageError for a row without them."""
     done = 0
     with open(path, encoding="utf-8-sig") as file:
         try:
-            lines = map(json.loads, filter(str.strip, file))
-            for row in lines if path.suffix == ".jsonl" else json.load(file):
+            first = next(filter(str.strip, file), "")
+            file.seek(0)
+            is_list = first.lstrip().startswith("[")
+            for row in json.load(file) if is_list else map(json.loads, filter(str.strip, file)):
                 texts = pick(row)
                 "".join(texts).encode()  # they are texts, and without half a surrogate pair
                 yield texts
@@ -166,15 +173,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS, EOS])
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer.show_progress = False
+    # It compares all words, which takes forever where there are no spaces: genes, or Chinese.
+    texts = (re.sub(r"\S{64}", "\\g<0>\n", text) for text in texts)
     tokenizer.train_from_iterator(texts, trainer)
     return load_tokenizer(tokenizer.to_str())
 
 
 def load_tokenizer(text: str) -> Tokenizer:
-    """A tokenizer from its JSON, to which special tokens in a text are text: only this program
-    places them. Raises UsageError when it is not one, or lacks bos and eos."""
+    """A tokenizer from its JSON, to which control tokens in a text are text, whether it calls them
+    special or not (<｜User｜> of DeepSeek is not): only this program places them. Raises UsageError
+    when it is not one, or lacks bos and eos."""
     try:
-        tokenizer = Tokenizer.from_str(text)
+        record = json.loads(text)
+        for token in record["added_tokens"]:  # others are letters, such as DeepSeek's ö
+            token["special"] |= bool(re.fullmatch(r"<.+>|\[[A-Z_/]+\]", token["content"]))
+        tokenizer = Tokenizer.from_str(json.dumps(record))
     except Exception as error:  # the library raises bare Exception, and this calls nothing else
         raise UsageError(f"the tokenizer cannot be read: {error}") from error
     if tokenizer.token_to_id(BOS) is None or tokenizer.token_to_id(EOS) is None:
@@ -211,6 +224,7 @@ class Dataset:
     tokenizer: Tokenizer
     train: Tokens
     val: Tokens
+    remark: str = ""  # what was not read, for the screen
 
 
 def cache_folder(fallback: Path) -> Path:
@@ -230,13 +244,16 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path, also: Sequence[st
     Raises UsageError if it is unusable."""
     if is_stories(source):  # another grammar tells other ones
         files, text = [], [stories.tell(seed).text for seed in range(100)]
+        remark = f"./{source} is not read" if Path(source).exists() else ""
     else:
-        files = find_corpus(source)
+        files, passed = find_corpus(source)
+        remark = f"{passed:,} hidden or other files passed over" if passed else ""
         text = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     which = tokens if isinstance(tokens, int) else tokens.to_str()
     key = f"{text} {which} {FORMAT} {[*also]} {tokenizers.__version__}"
     name = Path(source.replace(":", "-")).stem or "data"
-    folder = cache / f"{name}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
+    short = name.encode()[:80].decode(errors="ignore")  # file systems allow 255 bytes
+    folder = cache / f"{short}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         with atomic_folder(folder) as partial:
             write_tokens(source, files, tokens, also, partial)
@@ -247,7 +264,7 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path, also: Sequence[st
         parts.append(Tokens(np.memmap(path, dtype, "r"), offsets))
     tokenizer = load_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
     digest = (folder / "digest").read_text(encoding="ascii")
-    return Dataset(name, folder, digest, tokenizer, *parts)
+    return Dataset(name, folder, digest, tokenizer, *parts, remark)
 
 
 @contextmanager
@@ -394,8 +411,10 @@ def make_eval_set(rows: Iterable, tokenizer: Tokenizer, batch_size: int) -> Eval
 def build_eval_set(
     documents: Iterable[np.ndarray], tokenizer: Tokenizer, seq_len: int, batch_size: int,
     limit: float = math.inf, tagger: Callable | None = None, tag_names: Sequence[str] = (),
+    overlap: int = 0,
 ) -> EvalSet:  # fmt: skip
-    """Each document from its start, in rows of seq_len, until `limit` tokens are reached. Where
+    """Each document from its start, in rows of seq_len, until `limit` tokens are reached. A row
+    begins with the last `overlap` tokens of the row before, which do not count again. Where
     somebody knows, tagger(document, tokenizer) tells -log of its exact probability in nats, and for
     each token 0, or 1 + the place in tag_names of what it is scored as. Raises UsageError."""
     rows, count, nats = [], 0, 0.0
@@ -405,9 +424,13 @@ def build_eval_set(
         if tagger:
             more, tags = tagger(ids, tokenizer)
             nats, columns = nats + more, [*columns, tags[1:]]
-        for at in range(0, len(ids) - 1, seq_len):
-            rows.append([column[at : at + seq_len] for column in columns])
-            count += len(rows[-1][0])
+        starts = range(0, max(1, len(ids) - 1 - overlap), seq_len - overlap)
+        for at in starts:
+            row = [column[at : at + seq_len].copy() for column in columns]
+            if at:
+                row[1][:overlap] = IGNORE
+            rows.append(row)
+            count += len(row[0]) - (overlap if at else 0)
             if count >= limit and not tagger:
                 break  # a long document need not be read to its end
         if count >= limit:

@@ -261,6 +261,7 @@ def export(model: DeepSeek, tokenizer: Tokenizer, folder: Path, chat_template: s
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": eos,
+        "padding_side": "left",  # prompts of different length are continued at their ends
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
         "chat_template": chat_template,

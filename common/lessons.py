@@ -45,19 +45,24 @@ def read_data(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     """What --data names. Raises UsageError."""
     if data.is_stories(options.data):
         return built_in(options, tokenizer)
-    path, *_ = data.find_corpus(options.data)
-    if path.suffix == ".txt":
+    files, passed = data.find_corpus(options.data)
+    if all(path.suffix.lower() == ".txt" for path in files):
         return raw_text(options, tokenizer)
-    return instructions(options, tokenizer, *chat.hold_out(chat.read_instructions(path)))
+    dialogues, remarks = chat.read_dialogues(files)
+    remarks["hidden or other files passed over"] = passed
+    return instructions(options, tokenizer, *chat.hold_out(dialogues), remarks)
 
 
-def instructions(options, tokenizer, train: list, held_out: list, **more: Any) -> FinetuneData:
-    """Of (question, answer) pairs."""
+def instructions(
+    options, tokenizer, train: list, held_out: list, passed_over: Counter, **more: Any
+) -> FinetuneData:
+    """Of dialogues; passed_over: how many rows were left out before, and why."""
     digest = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
     examples, remarks = chat.make_examples(train, tokenizer, options.seq_len)
     kept, _ = chat.make_examples(held_out, tokenizer, options.seq_len)
     about = f"{len(examples):,} instructions, {len(kept):,} held out"
-    about = ", ".join([about, *(f"{n:,} {what}" for what, n in remarks.items() if n)])
+    remarks = +(passed_over + remarks)  # those that are there
+    about = ", ".join([about, *(f"{n:,} {what}" for what, n in remarks.items())])
     if not examples or not kept:
         what = f"{options.data} has too little that fits into {options.seq_len} tokens ({about})"
         raise UsageError(f"{what}: give more or shorter instructions, or a larger --seq_len")
@@ -76,15 +81,20 @@ def built_in(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     count = data.count_of(options.data, TASKS, least=1)
     train = itertools.islice(stories.instructions(options.seed), count)
     tasks = list(itertools.islice(stories.instructions(0, held_out=True), HELD_OUT_TASKS))
-    pairs = [[(task.instruction, task.answer) for task in some] for some in (train, tasks)]
-    need = 1 + max(len(chat.encode_chat(tokenizer, [(question, None)])) for question, _ in pairs[1])
+    need = 1 + max(len(chat.encode_chat(tokenizer, [(task.instruction, None)])) for task in tasks)
     if options.seq_len < need:
         context = f"a context of {need} tokens, but there are {options.seq_len}"
         raise UsageError(f"the built-in instructions need {context}: train with a longer --seq_len")
     # These are told beyond all seeds that a training text takes.
     plain = data.encode_documents((stories.tell(10**9 + i).text for i in range(100)), tokenizer)
     retention_set = data.build_eval_set(plain, tokenizer, options.seq_len, 16)
-    return instructions(options, tokenizer, *pairs, tasks=tasks, retention_set=retention_set)
+    lesson = [
+        [chat.Dialogue([(task.instruction, task.answer)]) for task in some]
+        for some in (train, tasks)
+    ]
+    return instructions(
+        options, tokenizer, *lesson, Counter(), tasks=tasks, retention_set=retention_set
+    )
 
 
 def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
@@ -94,6 +104,7 @@ def raw_text(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     rows = eval_rows(tokenizer.get_vocab_size(), options.seq_len)
     val = data.build_eval_set(corpus.val, tokenizer, options.seq_len, rows, options.eval_tokens)
     about = f"{len(corpus.train.ids):,} tokens, {len(corpus.val.ids):,} held out"
+    about += f", {corpus.remark}" if corpus.remark else ""
     return FinetuneData(batches.get_batch, batches.per_epoch, val, corpus.digest, about)
 
 

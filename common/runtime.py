@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from deepseek import Config, ConfigError
 
+OLDEST_TORCH = 2, 11  # which has grouped products on every device
 DTYPES = ("float32", "bfloat16", "float16")
 Options = TypeVar("Options")
 
@@ -50,6 +51,9 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        leave(f"torch {torch.__version__} is too old: install torch {needed} or later")
     try:
         main()
         if dist.is_initialized():
@@ -59,7 +63,7 @@ def run_script(main: Callable[[], None]) -> None:
             # the time it lets go of it, the process is aborted (pytorch's pull request 179291).
             os._exit(0)
     except (UsageError, ConfigError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if rank() > 0:
             time.sleep(2)  # most likely the first process says the same, and torchrun ends us
         leave(str(error))
     except KeyboardInterrupt:
@@ -238,6 +242,11 @@ def resume_options(stored: dict[str, Any], options: Options, typed: dict[str, An
             refuse_change(f.name, value, old)
         if how == MORE and old is not None and value < old:
             refuse_change(f.name, value, old)
+        if how == MORE and old is not None and value > old:
+            notes.append(
+                f"note     --{f.name} {value} in place of {old}: the learning rate is that of a run"
+                " of this length, so it may rise"
+            )
         if how == ROUNDING and value != old:
             notes.append(
                 f"note     --{f.name} {value} in place of {old}: results may round otherwise"
@@ -269,9 +278,14 @@ def say(options: Any, text: str) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
+def is_launched() -> bool:
+    """Whether torchrun has started this process: it says all that is needed to meet the others."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 def init_distributed(device: torch.device) -> None:
     """Meet the other processes of torchrun; without it nothing happens."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if is_launched() and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         card = device if device.type == "cuda" else None  # nccl asks for it before it can wait
         hours = timedelta(hours=6)  # one may cut a long text
@@ -280,7 +294,9 @@ def init_distributed(device: torch.device) -> None:
 
 def rank() -> int:
     """Which process this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"] or 0) if is_launched() else 0
 
 
 def world_size() -> int:

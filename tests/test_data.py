@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import numpy as np
 import pytest
+import tokenizers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from common import data, stories
@@ -53,8 +54,50 @@ def test_every_text_of_a_folder_is_read_but_for_marks_and_outer_blanks(tmp_path)
     assert documents_of(tmp_path / "b.json", json.dumps(rows)) == ["three", "4"]
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "folder.txt" / "b.txt").write_text("below")
-    assert list(data.read_documents(data.find_corpus(str(tmp_path)))) == [*found, "below"]
+    for name in ("b.TXT", "._b.txt", "c.md", "d.json"):
+        (tmp_path / "folder.txt" / name).write_text("below")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a.jsonl").write_text("hidden")
+    files, passed = data.find_corpus(str(tmp_path))
+    assert list(data.read_documents(files)) == [*found, "three", "4", "below"]
+    assert passed == 5
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "three 4 " * 99}))
+    assert data.prepare(str(tmp_path), 258, tmp_path / "c").remark.startswith("5 hidden or other")
+
+
+def test_rows_are_read_in_a_list_or_in_lines_whatever_the_file_is_called(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    for name in ("a.json", "a.jsonl", "a.JSON"):
+        for content in (json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+            assert documents_of(tmp_path / name, f"\ufeff\n {content}\n") == ["one", "two"]
+
+
+def test_the_words_of_a_text_without_spaces_are_cut_before_they_are_counted(tmp_path):
+    word = "".join(np.random.default_rng(0).choice([*"ACGT"], 200))
+    path = tmp_path / ("长" * 80 + ".txt")  # 243 bytes, which the cache's folder cannot have
+    path.write_text(word * 50)
+    ready = data.prepare(str(path), 3000, tmp_path / "cache")
+    assert max(map(len, ready.tokenizer.get_vocab())) == 64
+    assert "".join(map("".join, zip(*parts_of(ready), strict=True))) == word * 50
+
+
+def test_whatever_a_tokenizer_calls_its_added_tokens_in_a_text_they_are_text(tmp_path):
+    tokenizer = data.train_tokenizer(["a"], 300)
+    record = json.loads(tokenizer.to_str())
+    extra = record["added_tokens"][0] | {"id": 258, "content": "<｜User｜>", "special": False}
+    record["added_tokens"] += [extra, extra | {"id": 259, "content": "猫"}]
+    as_stored = tokenizers.Tokenizer.from_str(json.dumps(record))
+    as_stored.encode_special_tokens = True
+    assert as_stored.encode("a<｜User｜>").ids[-1] == 258
+    ids = data.encode_with_bos(data.load_tokenizer(json.dumps(record)), "a<｜User｜>猫")
+    assert 258 not in ids and 259 in ids and as_stored.decode(ids) == "a<｜User｜>猫"
+
+
+def test_a_folder_called_like_the_stories_is_not_read_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories").mkdir()
+    assert data.prepare("stories:100", 300, tmp_path / "c").remark == ""
+    assert data.prepare("stories", 300, tmp_path / "c").remark == "./stories is not read"
 
 
 def test_long_documents_are_cut_and_separators_found_wherever_they_stand(tmp_path, monkeypatch):
@@ -90,7 +133,7 @@ def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "a"}\n\nnonsense', "row 2 lacks .*Expecting value"),
         ("a.jsonl", b'{"text": 5}', "row 1 lacks"),
         ("a.jsonl", b'{"text": "\\ud800"}', "row 1 lacks .* surrogates"),
-        ("a.json", b'{"text": "a"}', "row 1 lacks"),
+        ("a.json", b'{"text": "a"', "row 1 lacks"),
         ("a.csv", b"a", "a.csv' is no text that can be read"),
     ],
 )
@@ -104,7 +147,7 @@ def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, mess
 def test_what_the_hub_has_is_fetched_and_without_a_network_the_way_out_is_said(corpus, monkeypatch):
     fetch = Mock(side_effect=[str(corpus), LocalEntryNotFoundError("no connection")])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert data.find_corpus("alpaca") == [corpus]
+    assert data.find_corpus("alpaca") == ([corpus], 0)
     fetch.assert_called_with(*data.HUB["alpaca"], repo_type="dataset")
     with pytest.raises(UsageError, match="TinyStoriesV2-GPT4-train.txt elsewhere .* --data"):
         data.find_corpus("tinystories")

@@ -69,7 +69,8 @@ def test_a_card_in_use_by_others_or_too_old_is_a_sentence(cards, monkeypatch, mo
 
 def test_the_processes_of_cards_meet_by_nccl(monkeypatch):
     asked = []
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # as torchrun sets them
+        monkeypatch.setenv(name, "0")
     monkeypatch.setattr(runtime.dist, "init_process_group", lambda *a, **k: asked.extend([a, k]))
     runtime.init_distributed(torch.device("cuda:1"))
     assert asked[0] == ("nccl",) and asked[1]["device_id"] == torch.device("cuda:1")

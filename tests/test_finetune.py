@@ -16,6 +16,7 @@ from common.runtime import UsageError
 from deepseek import Config
 
 PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
+DIALOGUES = [chat.Dialogue([pair]) for pair in PAIRS]
 RUN_FILES = ["ckpt.pt", "log.jsonl", "curves.png", "run.lock"]
 
 
@@ -44,24 +45,45 @@ def test_rows_in_the_form_of_alpaca_are_read(tmp_path):
     ]
     path.write_text(json.dumps(good))
     expected = [("Add.\n1 and 2", "3"), ("Say hü.", ""), ("Say hi.", "hi")]
-    assert chat.read_instructions(path) == expected
-    for lacking in ({"output": "b"}, {"instruction": "a", "input": 3, "output": "b"}):
+    assert chat.read_dialogues([path]) == ([chat.Dialogue([pair]) for pair in expected], {})
+    for lacking in (
+        {"output": "b"},
+        {"instruction": "a", "input": 3, "output": "b"},
+        {"messages": 1},
+    ):
         path.write_text(json.dumps([good[0], lacking]))
         with pytest.raises(UsageError, match='row 2 lacks an "instruction" and an "output"'):
-            chat.read_instructions(path)
+            chat.read_dialogues([path])
+
+
+def test_dialogues_of_several_turns_are_read(tmp_path):
+    alpaca = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}
+    parts = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = {"messages": [{"role": role, "content": text} for role, text in parts]}
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    shared = {"conversations": [{"from": names[role], "value": text} for role, text in parts]}
+    none = {"messages": messages["messages"][1:3]}
+    strange = [[*parts[:2], ("tool", "b")], parts[:2], parts[:1], [], parts[2:4], parts[1:2] * 2]
+    rows = [{"messages": [{"role": r, "content": t} for r, t in some]} for some in strange]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [alpaca, messages, shared, none, *rows])))
+    dialogues, remarks = chat.read_dialogues([path])
+    whole = chat.Dialogue([("a", "b"), ("c", "d")], "s")
+    assert dialogues == [whole, whole, whole, chat.Dialogue([("a", "b")])]
+    assert remarks == {"left out with other roles than user and assistant in turn": 6}
 
 
 def test_equal_questions_are_held_out_together_and_at_least_one():
-    pairs = [(q, f"{a} {i}") for q, a in PAIRS * 10 for i in range(2)]
-    for some in (pairs, PAIRS[:2], PAIRS[5:7], PAIRS[:3]):
+    more = [chat.Dialogue([(q, f"{a} {i}")]) for q, a in PAIRS * 10 for i in range(2)]
+    for some in (more, DIALOGUES[:2], DIALOGUES[5:7], DIALOGUES[:3]):
         taught, held_out = chat.hold_out(some)
         assert sorted(taught + held_out) == sorted(some) and taught
-        assert not {q for q, _ in taught} & {q for q, _ in held_out}
+        assert not {d.turns[0][0] for d in taught} & {d.turns[0][0] for d in held_out}
         assert 0 < len(held_out) < max(2, 0.15 * len(some))
 
 
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
-    (example,), remarks = chat.make_examples([PAIRS[3]], tokenizer, 100)
+    (example,), remarks = chat.make_examples([DIALOGUES[3]], tokenizer, 100)
     assert not any(remarks.values())
     text = "User: How big is cat 3?\n\nAssistant: Cat 3 is big."
     ids = [0, *tokenizer.encode(text).ids, 1]
@@ -73,19 +95,35 @@ def test_the_answer_and_its_end_count_and_nothing_else(tokenizer):
     assert (held_out.tokens, held_out.bytes) == (len(counted), len(" Cat 3 is big."))
 
 
+def test_all_answers_of_a_dialogue_count(tokenizer):
+    dialogue = chat.Dialogue([("big?", "Cat."), ("How?", "is 3")], "cats only")
+    (example,), _ = chat.make_examples([dialogue], tokenizer, 100)
+    texts = "cats only\n\nUser: big?\n\nAssistant:", " Cat.", "User: How?\n\nAssistant:", " is 3"
+    first, one, second, two = (tokenizer.encode(text).ids for text in texts)
+    ids = [0, *first, *one, 1, *second, *two, 1]
+    assert [*example.inputs, 1] == ids and example.question == "big?"
+    counted = np.array([0] * (1 + len(first)) + [1] * (len(one) + 1) + [0] * len(second))
+    counted = np.array([*counted, *[1] * (len(two) + 1)], bool)
+    assert example.targets.tolist() == np.where(counted, ids, data.IGNORE)[1:].tolist()
+    short = 1 + len(first) + len(one)  # a long dialogue keeps the beginning
+    (example,), remarks = chat.make_examples([dialogue], tokenizer, short)
+    assert remarks["cut"] == 1 and example.targets.tolist()[-1] == 1
+
+
 def test_long_answers_are_cut_where_the_context_ends_and_empty_ones_left_out(tokenizer):
     question, said = PAIRS[0]
     prompt = len(chat.encode_chat(tokenizer, [(question, None)]))
     whole = chat.encode_chat(tokenizer, [(question, said)])
     pairs = [(question, f" {said}\n"), ("Nothing?", " \n")]
+    dialogues = [chat.Dialogue([pair]) for pair in pairs]
     for seq_len, cut, no_room in (
         (prompt, 0, 1),  # generation needs a place for the answer, too
         (prompt + 1, 1, 0),
         (len(whole) - 2, 1, 0),
         (len(whole) - 1, 0, 0),  # eos is a target and no input
     ):
-        examples, remarks = chat.make_examples(pairs, tokenizer, seq_len)
-        assert remarks["answers cut"] == cut and remarks["left out without an answer"] == 1
+        examples, remarks = chat.make_examples(dialogues, tokenizer, seq_len)
+        assert remarks["cut"] == cut and remarks["left out without an answer"] == 1
         assert remarks["left out with too long a question"] == no_room == 1 - len(examples)
         for example in examples:  # a cut answer does not end
             assert [*example.inputs, example.targets[-1]] == whole[: seq_len + 1]
@@ -243,10 +281,10 @@ def read_lesson(trained, **flags):
 def test_what_is_held_out_is_not_taught_and_plain_stories_are_new(trained, cats, monkeypatch):
     seeds, tell = [], stories.tell
     monkeypatch.setattr(stories, "tell", lambda seed: seeds.append(seed) or tell(seed))
-    taught, held_out = chat.hold_out(PAIRS)
+    taught, held_out = chat.hold_out(DIALOGUES)
     lesson, options = read_lesson(trained, data=str(cats))
     assert lesson.about.startswith(f"{len(taught)} instructions, {len(held_out)} held out")
-    assert lesson.question == held_out[0][0]
+    assert lesson.question == held_out[0].turns[0][0]
     assert options.steps == 3 * lesson.per_epoch == 24 and options.minutes is None
     assert (options.lr, options.warmup) == (finetune.RECIPE["lr"], 2)
     lesson, options = read_lesson(trained, data="stories:50")
@@ -322,7 +360,7 @@ def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, 
         code, _, err = run(line)
         assert code == 2 and message in err
 
-    held_out = chat.hold_out(PAIRS)[1]
+    held_out = [dialogue.turns[0] for dialogue in chat.hold_out(DIALOGUES)[1]]
     other = [(q, a + "!" if (q, a) in held_out else a) for q, a in PAIRS]
     for changed in (PAIRS[:-1], other):
         cats.write_text(json.dumps(rows(changed)))

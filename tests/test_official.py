@@ -215,6 +215,7 @@ def exported(corpus, tmp_path_factory):
 def test_transformers_continues_and_chats_with_the_same_tokens(exported, run):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported / "hf")
+    ours = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
     other = transformers.AutoModelForCausalLM.from_pretrained(exported / "hf")
     ids = tokenizer("The cat", return_tensors="pt")
     assert ids.input_ids[0, 0] == tokenizer.bos_token_id == other.config.bos_token_id
@@ -223,6 +224,13 @@ def test_transformers_continues_and_chats_with_the_same_tokens(exported, run):
     for ckpt in ("ckpt.pt", "hf"):
         command = f"sample --ckpt {exported}/{ckpt} --temperature 0 --prompt".split()
         assert run([*command, "The cat"])[:2] == (0, expected + "\n")
+    prompts = ["The cat sat on", "A"]  # of different lengths, so padded on the left
+    ids = tokenizer(prompts, return_tensors="pt", padding=True)
+    written = other.generate(**ids, do_sample=False, max_new_tokens=8)[:, -8:]
+    model = formats.load_pretrained(exported / "hf")
+    rows = [data.encode_with_bos(ours, prompt) for prompt in prompts]
+    said = torch.stack(list(model.generate(rows, 8, temperature=0)), 1)
+    assert torch.equal(said, written)
     said = ("user", "Where is the cat?"), ("assistant", "On mat 3."), ("user", "Is it big?")
     messages = [{"role": role, "content": content} for role, content in said]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -230,7 +238,6 @@ def test_transformers_continues_and_chats_with_the_same_tokens(exported, run):
         f"{data.BOS}User: Where is the cat?\n\nAssistant: On mat 3.{data.EOS}"
         "User: Is it big?\n\nAssistant:"
     )
-    ours = data.load_tokenizer((exported / "hf/tokenizer.json").read_text())
     ids = chat.encode_chat(ours, [("Where is the cat?", "On mat 3."), ("Is it big?", None)])
     assert ids == tokenizer(text, add_special_tokens=False).input_ids
 
@@ -252,9 +259,10 @@ def test_a_chat_goes_on_from_all_that_was_said(exported, run, monkeypatch, tmp_p
 
 
 def test_an_export_replaces_nothing_and_wants_its_tokenizer(exported, run, tmp_path):
-    for folder in ("hf", "ckpt.pt"):
-        code, _, err = run(f"sample --ckpt {exported} --export {exported}/{folder}")
-        assert code == 2 and "is a file or is not empty" in err
+    for target, said in (("hf", "is a file or is not empty"), ("ckpt.pt", "is there already")):
+        before = (exported / "ckpt.pt").read_bytes()
+        code, _, err = run(f"sample --ckpt {exported} --export {exported}/{target}")
+        assert code == 2 and said in err and (exported / "ckpt.pt").read_bytes() == before
     (tmp_path / "config.json").write_text("{}")
     code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
     assert code == 2 and "tokenizer.json is missing or damaged: add that of the base" in err
