@@ -6,7 +6,8 @@ Let a trained model speak, score a text, have its stories judged, or write it ou
     python sample.py --ckpt out/ckpt.pt --score my.txt
     python sample.py --ckpt out/ckpt.pt --judge 200
     python sample.py --ckpt out/ckpt.pt --lora out/lora --chat
-    python sample.py --ckpt out/ckpt.pt --export out/hf
+    python sample.py --ckpt out/ckpt.pt --export out/hf                      # for transformers
+    python sample.py --ckpt out/ckpt.pt --dtype bfloat16 --export tiny.pt    # model alone, small
     python sample.py --ckpt deepseek-ai/DeepSeek-V2-Lite-Chat --chat
 """
 
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from common import chat, data, stories
-from common.checkpoint import open_model
+from common.checkpoint import open_model, save_model
 from common.formats import export, load_lora
 from common.runtime import DTYPES, UsageError, choose_device, flag, parse_flags, run_script
 from common.trainer import evaluate
@@ -56,7 +57,7 @@ class Options:
     chat: bool = flag(False, "talk; with --prompt one answer")
     score: str | None = flag(None, "print the loss on a text file instead")
     judge: int | None = flag(None, "judge so many sampled stories of a model of stories", low=1)
-    export: str | None = flag(None, "folder to write the model to in the official format")
+    export: str | None = flag(None, "folder to write the model to in the official format, or a .pt")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is the best there")
     compile: bool = flag(False, "torch.compile for a minute, then sample 3 to 4 times as fast")
     dtype: str = flag(
@@ -78,7 +79,11 @@ def main() -> None:
         load_lora(model, options.lora)
     if options.export:
         merge_lora(model)
-        export(model, tokenizer, Path(options.export), chat.CHAT_TEMPLATE)
+        path = Path(options.export)
+        if path.suffix == ".pt":
+            save_model(path, model, tokenizer)
+        else:
+            export(model, tokenizer, path, chat.CHAT_TEMPLATE)
         return
     if options.score:
         score(model, tokenizer, options.score, device)
@@ -151,16 +156,24 @@ class Speaker:
         )
 
     def speak(self, prompt: list[int]) -> str:
-        """Print the continuation of a prompt as it comes; return it."""
-        words, said = DecodeStream(skip_special_tokens=True), []  # waits for whole characters
-        for token in self.stream([prompt]):
-            if word := words.step(self.tokenizer, int(token)):
-                if self.options.chat and not said:  # the template has it before the answer
-                    word = word.removeprefix(" ")
-                said.append(word)
-                print(word, end="", flush=True)
+        """Print the continuation of a prompt as it comes; return it. In a dialogue Ctrl-C ends the
+        answer alone."""
+        words, ids, said = DecodeStream(skip_special_tokens=True), [], ""
+        in_template = " " if self.options.chat else ""  # which has it before the answer
+        try:
+            for token in self.stream([prompt]):
+                ids.append(int(token))
+                word = words.step(self.tokenizer, ids[-1]) or ""  # waits for whole characters
+                print(word if said else word.removeprefix(in_template), end="", flush=True)
+                said += word
+            rest = self.tokenizer.decode(ids)[len(said) :]  # half a character, at the end
+            print(rest, end="")
+            said += rest
+        except KeyboardInterrupt:
+            if not self.options.chat or self.options.prompt is not None:
+                raise
         print()
-        return "".join(said)
+        return said.removeprefix(in_template)
 
 
 def converse(speaker: Speaker) -> None:
@@ -191,10 +204,11 @@ def converse(speaker: Speaker) -> None:
 
 
 def score(model: DeepSeek, tokenizer: Tokenizer, path: str, device: torch.device) -> None:
-    """Print how well the model predicts a text: every byte once, each document from its start."""
+    """Print how well the model predicts a text: every byte once, each document from its start. In
+    one longer than the context each token is predicted from half a context at least."""
     documents = data.encode_documents(data.read_documents([Path(path)]), tokenizer)
     seq_len = min(4096, model.config.max_position_embeddings)
-    text = data.build_eval_set(documents, tokenizer, seq_len, batch_size=8)
+    text = data.build_eval_set(documents, tokenizer, seq_len, 8, overlap=seq_len // 2)
     result = evaluate(model, text, device, torch.float32)
     loss, bpb = result["val_loss"], result["val_bpb"]
     print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     )
     with written_whole(path, advice) as partial, open(partial, "wb") as file:
         torch.save({"program": "deepseek.py", "format": FORMAT} | state, file)
+
+
+def save_model(path: Path, model: DeepSeek, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint of model and tokenizer alone, in the dtype of the weights: to sample and
+    to fine-tune, not to go on. Raises UsageError, also where a file lies already."""
+    if path.exists():
+        raise UsageError(f"{path} is there already: give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model": model.state_dict(),
+        "config": asdict(model.config),
+        "tokenizer": tokenizer.to_str(),
+    }
+    save_checkpoint(path, state)
+    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Flags, also of a run that goes on; bad input; how scripts end; checkpoint, log, sample.py."""
 
+import errno
+import io
 import platform
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from conftest import MODEL, ROOT, load
 import finetune
 import sample
 import train
-from common import checkpoint, data, runlog, runtime, stories, trainer
+from common import chat, checkpoint, data, runlog, runtime, stories, trainer
 from common.runtime import UsageError
 from deepseek import Config, DeepSeek
 
@@ -38,9 +42,10 @@ def test_rounding_may_change_and_is_said_and_all_else_stays(run, begun):
         flag, old = (f"--{name} ", before[name]) if name != "dtype" else ("", "float32")
         assert out.count(f"note     {flag}{value} in place of {old}: results may round") == 1
     changes |= {"steps": 4, "save_every": 2, "resume": True, "out": str(begun)}
-    assert load(begun)["args"] == before | changes and out.count("in place of") == 4
+    assert load(begun)["args"] == before | changes and out.count("in place of") == 5
+    assert "--steps 4 in place of 2: the learning rate is that of a run of this length" in out
     code, out, _ = run(f"{line} --steps 5")  # as it was typed last
-    assert code == 0 and "in place of" not in out and "cpu, bfloat16" in out
+    assert code == 0 and out.count("in place of") == 1 and "cpu, bfloat16" in out
     assert run(f"{line} --steps 6 --log_level quiet") == (0, "", "")
     assert "finished: 6 steps" in run(f"{line} --log_level info")[1]
 
@@ -193,9 +198,68 @@ def test_a_cpu_takes_bfloat16_only_where_it_computes_it(monkeypatch):
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    options = train.Options(out=str(tmp_path))
     for _ in range(2):
-        with trainer.run_lock(str(tmp_path)), pytest.raises(UsageError, match="another run"):
-            trainer.run_lock(str(tmp_path)).__enter__()
+        with trainer.run_lock(options), pytest.raises(UsageError, match="another run"):
+            trainer.run_lock(options).__enter__()
+
+
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(run, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trainer.FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    )
+    code, out, _ = run(f"train {MODEL} --data {corpus} --steps 1 --out {tmp_path}/o")
+    assert code == 0 and f"note     {tmp_path}/o cannot be locked (No locks available)" in out
+
+
+def test_a_rank_without_torchrun_is_no_rank(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    runtime.init_distributed(torch.device("cpu"))
+    assert (runtime.rank(), runtime.world_size()) == (0, 1)
+
+
+def test_an_old_torch_is_refused(monkeypatch, capsys):
+    for version, code in (("2.9.1+cu128", 2), ("2.10.0", 2), ("2.11.0", None), ("3.0.0a1", None)):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(SystemExit) if code else nullcontext() as ended:
+            runtime.run_script(lambda: None)
+        assert (ended and ended.value.code) == code
+        assert (f"torch {version} is too old: install torch 2.11" in capsys.readouterr().err) == (
+            code == 2
+        )
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_dialogue(trained, monkeypatch, capsys):
+    model, tokenizer = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
+    ids, asked = tokenizer.encode(" The cat").ids, []
+
+    def stream(self, prompts):
+        asked.extend(prompts)
+        yield from map(torch.tensor, ids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.Speaker, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nGo\n"))
+    sample.converse(sample.Speaker(model, tokenizer, sample.Options(chat=True), None))
+    assert capsys.readouterr().out == "> The cat\n> The cat\n> \n"
+    half = model.config.max_position_embeddings // 2
+    turns = [("Hi", "The cat"), ("Go", None)]
+    whole = chat.encode_chat(tokenizer, turns)
+    assert asked[1] == (whole if len(whole) <= half else chat.encode_chat(tokenizer, turns[1:]))
+    with pytest.raises(KeyboardInterrupt):
+        sample.Speaker(model, tokenizer, sample.Options(), None).speak([0])
+
+
+def test_half_a_character_at_the_end_is_not_swallowed(trained, monkeypatch, capsys):
+    tokenizer = data.load_tokenizer(checkpoint.load_checkpoint(trained)["tokenizer"])
+    ids = tokenizer.encode("a猫").ids
+    for count, expected in ((len(ids), "a猫"), (len(ids) - 1, "a\ufffd")):
+        row = [torch.tensor(i) for i in ids[:count]]
+        monkeypatch.setattr(sample.Speaker, "stream", lambda self, prompts, row=row: iter(row))
+        said = sample.Speaker(None, tokenizer, sample.Options(), None).speak([0])
+        assert said == expected and capsys.readouterr().out == f"{expected}\n"
 
 
 def test_resuming_drops_log_lines_behind_the_checkpoint(tmp_path):
@@ -224,6 +288,20 @@ def test_the_judge_counts_valid_stories_and_names_mistakes(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "2 of 3 stories are valid (66.7%)" in out
     assert "first mistakes: name 1" in out and f"after {start / len(wrong):.0%}" in out
+
+
+def test_a_model_alone_is_written_small_and_speaks_but_does_not_go_on(run, trained, tmp_path):
+    path = tmp_path / "new" / "small.pt"
+    assert run(f"sample --ckpt {trained} --dtype bfloat16 --export {path}")[0] == 0
+    state, whole = (checkpoint.load_checkpoint(p) for p in (path, trained))
+    assert {"model", "config", "tokenizer"} <= state.keys() and "optimizer" not in state
+    assert path.stat().st_size < 0.3 * trained.stat().st_size
+    for name, weight in whole["model"].items():
+        assert torch.equal(state["model"][name], weight.bfloat16())
+    assert run(f"sample --ckpt {path} --prompt cat --max_new_tokens 5")[1].startswith("cat")
+    shutil.copy(path, tmp_path / "ckpt.pt")
+    code, _, err = run(f"train --resume --out {tmp_path}")
+    assert code == 2 and "it has no flags" in err
 
 
 def test_sample_hands_its_flags_on(run, trained, monkeypatch):
