@@ -1,5 +1,5 @@
 """
-DeepSeek-V2 in one file: 236 billion parameters of which a token uses 21 billion. Its attention
+DeepSeek-V2 in one file: 236 billion parameters, of which each token uses 21 billion. Its attention
 caches one small latent vector per token (MLA), and its feed-forward layers activate 6 of 160 small
 experts per token (DeepSeekMoE).
 
@@ -17,12 +17,12 @@ Contents, to be read from top to bottom:
      6 the router, its balance losses, token dropping    7 the experts            8 the block
      9 the model and its loss     10 generation         11 LoRA
 
-What changes with respect to Llama is in parts 4, 6 and 7, and YaRN in part 3. Config fields are
-those of the official config.json, but for three that have our names; parameters have the names
-of the official checkpoint, but each expert is a tensor of its own there, and here the experts of a
-layer are stacked. The sizes tiny, small and 1b are ours, v2-lite and v2 are DeepSeek's.
+What differs from Llama is in parts 4, 6 and 7, and YaRN is in part 3. Config fields are those of
+the official config.json, except for three with names of our own. Parameters are named as in the
+official checkpoint, except that there each expert has its own tensors, while here the experts of
+a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's.
 
-Symbols. Comments at line ends give shapes in these letters.
+Symbols. Comments at the ends of lines give shapes in these letters.
 
     here  paper   in the code                     V2     V2-Lite   tiny
     ----  ------  ----------------------------  -------  -------  -----
@@ -42,9 +42,9 @@ Symbols. Comments at line ends give shapes in these letters.
     K     K_r     num_experts_per_tok                 6        6      2
     Ns    N_s     n_shared_experts                    2        2      1
     I             moe_intermediate_size           1,536    1,408     96
-    G     D       n_group: devices that hold E        8        1      1
+    G     D       n_group: groups (= devices)         8        1      1
     M     M       topk_group: devices per token       3        1      1
-    C             cache numbers per token and
+    C             numbers cached per token and
                   layer, R + dr                     576      576     80
 """
 
@@ -61,7 +61,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
-# 1. Config. What are the numbers that make a DeepSeek-V2?
+# 1. Config. Which numbers define DeepSeek-V2?
 # ----------------------------------------------------------------------------------------------
 
 
@@ -69,17 +69,17 @@ class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the value and the remedy."""
 
 
-# What a field is. Export, reading, checks and command lines follow from it.
-OFFICIAL = "official"  # it changes what the model computes, in transformers as well
-LOCAL = "local"  # transformers ignores it: it can be exported only at its value of `absent`
-TRAINING = "training"  # it changes training alone
+# How a field is declared. Export, reading, checks and command lines all follow from this.
+OFFICIAL = "official"  # it changes what the model computes, in transformers too
+LOCAL = "local"  # transformers ignores it, so it can be exported only at its `absent` value
+TRAINING = "training"  # it affects only training
 
 
 def setting(
     default: Any, meaning: str, absent: Any = MISSING, role: str = OFFICIAL, least: float = 1
 ) -> Any:
-    """A field of Config. absent: what a stored configuration without the field means (MISSING: it
-    must be there). least: the smallest number allowed."""
+    """A field of Config. absent: the value meant by a stored configuration without the field
+    (MISSING: the field is required). least: the smallest number allowed."""
     metadata = dict(meaning=meaning, absent=absent, role=role, least=least)
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -96,7 +96,7 @@ YARN_V2 = {
     "mscale_all_dim": 0.707,
 }
 
-# Routing without groups, as in V2-Lite: no devices to limit, and one balance loss.
+# Routing without groups, as in V2-Lite: no limit on devices, and only one balance loss.
 GREEDY = dict(
     n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0,
     device_loss_alpha=0.0, comm_loss_alpha=0.0,
@@ -133,10 +133,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the model, under its name in the official config.json, where it has one.
+    """Every number of the model, under its official config.json name where it has one.
 
     The defaults are DeepSeek-V2 itself ([V2] section 3.1.2); `preset` gives the other sizes.
-    Construction refuses an impossible combination with a ConfigError of one sentence.
+    Raises a one-sentence ConfigError if a combination is impossible.
     """
 
     vocab_size: int = setting(102400, "rows of the embedding and of the output head")
@@ -187,8 +187,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The configuration of stored values. Raises ConfigError for a name that is no field, and
-        for a field that is not there and cannot be absent."""
+        """The configuration with the stored values. Raises ConfigError for a name that is not a
+        field, and for a missing field that has no `absent` value."""
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise ConfigError(f"{unknown[0]!r} is not a field of Config: see its definition")
         absent = {f.name: f.metadata["absent"] for f in fields(cls) if f.name not in values}
@@ -197,8 +197,8 @@ class Config:
         return cls(**values | absent)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer (0-based) has experts. The first is dense, as the load of its experts would
-        become balanced especially slowly ([MoE] 5.1.2)."""
+        """Whether layer (0-based) has experts. The first has none, because its experts' load would
+        be especially slow to become balanced ([MoE] 5.1.2)."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -212,8 +212,8 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def cache_per_token(self, attention: str = "mla", groups: int = 8) -> int:
-        """Numbers cached per token over all layers ([V2] table 1), for attention = mla, mha,
-        gqa (keys and values for `groups` heads) or mqa (for one head)."""
+        """How many numbers all layers cache per token ([V2] table 1), for attention = mla, mha,
+        gqa (keys and values of `groups` heads) or mqa (of one head)."""
         heads = {"mha": self.num_attention_heads, "gqa": groups, "mqa": 1}
         a_layer = self.cache_dim if attention == "mla" else 2 * heads[attention] * self.v_head_dim
         return self.num_hidden_layers * a_layer
@@ -252,7 +252,7 @@ class Config:
 
 
 def check_type(name: str, value: Any, kind: Any, least: float) -> None:
-    """Raise ConfigError for a value that is not of its field's type, or out of range."""
+    """Raise ConfigError for a value that has the wrong type for its field or is out of range."""
     if kind is bool and type(value) is not bool:
         raise ConfigError(f"{name} = {value!r} must be true or false")
     whole = kind is int or (kind == int | None and value is not None)
@@ -263,7 +263,7 @@ def check_type(name: str, value: Any, kind: Any, least: float) -> None:
 
 
 def check_yarn(yarn: Any) -> None:
-    """Raise ConfigError for a rope_scaling that is not YaRN's, or not complete."""
+    """Raise ConfigError if rope_scaling is not YaRN's or is incomplete."""
     needed = {"type", "factor", "original_max_position_embeddings"}
     if not isinstance(yarn, dict) or not needed <= yarn.keys() <= YARN_V2.keys():
         names = ", ".join(YARN_V2)
@@ -278,14 +278,14 @@ def check_yarn(yarn: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. RMSNorm. How is the residual stream kept at a scale that every layer can read?
+# 2. RMSNorm. How does every layer read the residual stream at the same scale?
 #
 #        y = w * x / sqrt(mean(x^2) + eps)                                       arXiv 1910.07467
 # ----------------------------------------------------------------------------------------------
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of x are computed: its own, or autocast's."""
+    """The dtype for matrix products with x: autocast's where it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -299,10 +299,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # squares are coarse in bf16 and overflow in fp16
+        x32 = x.float()  # squares lose precision in bf16 and overflow in fp16
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        # The cast comes before the weight, as in the official code, to the dtype of the matrix
-        # products that follow, so that none of them needs to cast again.
+        # The cast comes before the weight, as in the official code, and goes to the dtype of the
+        # matrix products that follow, so that none of them has to cast again.
         dtype = compute_dtype(self.weight)
         return self.weight.to(dtype) * x32.to(dtype)
 
@@ -310,24 +310,24 @@ class RMSNorm(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # 3. RoPE and YaRN. How does a query know how far away a key is?
 #
-#    RoPE rotates pair j of a vector at position t, (x0, x1), (x2, x3), ..., by the angle t f_j. The
-#    dot product of a query at position m and a key at n then depends on their distance only:
+#    At position t, RoPE rotates the pairs (x0, x1), (x2, x3), ... of a vector, pair j by the angle
+#    t f_j. The dot product of a query at m and a key at n then depends only on their distance:
 #
 #        <Rot(q, m), Rot(k, n)> = <Rot(q, m - n), k>,    f_j = theta^(-2j/dr)               [RoPE]
 #
-#    Pairs are neighbours here; Llama in transformers pairs the two halves of a vector.
+#    Here a pair is two neighbours; Llama in transformers pairs the two halves of a vector.
 #
-#    YaRN stretches a context of 4K to 160K. Pairs that make more than 32 turns within 4K tell
-#    short distances apart and stay as they are; those that do not complete one turn are slowed
-#    down by `factor`, so that no unseen angle occurs; between the two lies a ramp. Of V2's 32
-#    pairs, 0 to 10 stay, 11 is slowed to 0.925, 16 to 0.55, 22 to 0.1 of its speed, and 23 to 31
-#    to 1/40. The ramp is linear in the pair's index, as in the official code; the YaRN paper's is
-#    linear in turns. YaRN is on for short inputs as well: the last training steps of V2 had it.
+#    YaRN stretches a context of 4K to 160K. Pairs that make more than 32 turns within 4K tell short
+#    distances apart and keep their speed; pairs that do not complete one turn are slowed down by
+#    `factor`, so that no unseen angle occurs; in between there is a ramp. Of V2's 32 pairs, 0 to 10
+#    keep their speed, 11 runs at 0.925 of it, 16 at 0.55, 22 at 0.1, and 23 to 31 at 1/40. The ramp
+#    is linear in the pair's index, as in the official code; in the YaRN paper, in turns. YaRN is on
+#    for short inputs as well, because V2's last training steps used it.
 # ----------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(config: Config, device: torch.device | None = None) -> Tensor:
-    """The rotation per position of each pair, in radians: [dr/2], fp32 ([YaRN] section 3.2)."""
+    """The angle each pair turns per position, in radians: [dr/2], fp32 ([YaRN] section 3.2)."""
     dim, base = config.qk_rope_head_dim, config.rope_theta
     pair = torch.arange(dim // 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / base ** (2 * pair / dim)
@@ -335,21 +335,21 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
         return inv_freq
 
     def find_correction_dim(turns: float) -> float:
-        """The pair (a fraction) that makes so many turns within the original context."""
+        """The (fractional) index of the pair that makes this many turns in the original context."""
         context = yarn["original_max_position_embeddings"]
         return dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base))
 
     low = max(math.floor(find_correction_dim(yarn.get("beta_fast", 32))), 0)
-    # dim - 1, though there are dim/2 pairs: as in the official code
+    # dim - 1, as in the official code, although there are only dim/2 pairs
     high = min(math.ceil(find_correction_dim(yarn.get("beta_slow", 1))), dim - 1)
     if low == high:
-        high += 0.001  # a step instead of a ramp, without dividing by zero
-    ramp = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = as it was, 1 = slowed by factor
+        high += 0.001  # makes the ramp a step and avoids dividing by zero
+    ramp = ((pair - low) / (high - low)).clamp(0, 1)  # 0 = unchanged, 1 = slowed by factor
     return inv_freq / yarn["factor"] * ramp + inv_freq * (1 - ramp)
 
 
 def yarn_mscale(config: Config, key: str) -> float:
-    """0.1 a ln(factor) + 1: over long contexts attention spreads out, and YaRN sharpens it."""
+    """0.1 a ln(factor) + 1. Over long contexts attention spreads out; this sharpens it again."""
     yarn = config.rope_scaling or {}
     a = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])  # the official defaults
     return 0.1 * a * math.log(yarn.get("factor", 1.0)) + 1.0
@@ -357,15 +357,15 @@ def yarn_mscale(config: Config, key: str) -> float:
 
 def softmax_scale(config: Config) -> float:
     """(dn + dr)^-1/2, times mscale^2 under YaRN, as if query and key were each scaled by mscale.
-    V2: mscale = 1.2608, squared 1.590, so 0.0722 becomes 0.1147."""
+    In V2 mscale = 1.2608 and its square 1.590, so the scale 0.0722 becomes 0.1147."""
     return config.qk_head_dim**-0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
 
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for each position and pair: [...] -> 2 x [..., dr/2], fp32.
 
-    Computed anew in each pass: frequencies kept in the model would be cast to bf16 with it, and
-    at position 1000 the angles would be off by up to 0.4 radians.
+    They are computed anew in each pass: frequencies stored in the model would be cast to bf16
+    with it, and at position 1000 the angles would then be off by up to 0.4 radians.
     """
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     scale = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
@@ -385,8 +385,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #    Ordinary attention caches K and V of every head: 2 x 128 x 128 = 32,768 numbers per token and
 #    layer in a model shaped like V2. MLA caches 576: a latent c, from which every head's key and
 #    value can be made, and one small key that carries the position.  [V2] section 2.1, eq. 9-19
-#    In the names of matrices D goes down to a low rank and U up from it; Q, K, V say for what, R
-#    that RoPE follows.
+#    In the names of the matrices, D goes down to a low rank and U up from it; Q, K and V say what
+#    for, and R says that RoPE follows.
 #
 #            x  [D]
 #            |
@@ -405,41 +405,41 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #    q = [q_nope | q_pe],      k = [k_nope | k_pe],      o = W_O softmax(q.k * scale) v
 #
 #    In the official names: q_a_proj = W_DQ, q_b_proj = W_UQ and W_QR, kv_a_proj_with_mqa = W_DKV
-#    and W_KR, kv_b_proj = W_UK and W_UV, o_proj = W_O; without query compression q_proj does all
-#    of the query. "a" goes down and "b" up; "lora" in the names of the ranks says just that, and
-#    has nothing to do with fine-tuning. "pe" is with position, "nope" without.
+#    and W_KR, kv_b_proj = W_UK and W_UV, o_proj = W_O. Without query compression, q_proj makes the
+#    whole query. "a" goes down and "b" up; "lora" in the names of the ranks means just that, and
+#    has nothing to do with fine-tuning. "pe" is the part with position, "nope" the part without.
 #
 #    Two ways to attend, which give the same numbers:
 #
-#    Expanded: make k_nope = W_UK c and v = W_UV c of every cached token, then ordinary attention.
+#    Expanded: make k_nope = W_UK c and v = W_UV c for every cached token, then attend as usual.
 #
-#    Absorbed: never make them. Both are linear in c, so W_UK can move to the query's side and W_UV
-#    behind the sum:
+#    Absorbed: never make them. Both are linear in c, so W_UK can be applied to the query instead,
+#    and W_UV after the sum:
 #        q_nope . (W_UK c_s)  =  (W_UK^T q_nope) . c_s           one product per query, not per key
 #        sum_s p_s (W_UV c_s) =  W_UV (sum_s p_s c_s)
-#    All heads then read one small memory, as in multi-query attention. W_UQ and W_UK are not
-#    multiplied into one matrix beforehand: in V2 that has 100.7M weights a layer, they 33.6M.
+#    All heads then read one small memory, as in multi-query attention. W_UQ and W_UK are not merged
+#    in advance: in V2 the merged matrix has 100.7M weights a layer, the two together only 33.6M.
 #
-#    Which is cheaper: multiply-adds per head of V2, where nothing but c and k_pe is kept, for
+#    Which is cheaper? Multiply-adds per head and layer of V2, with only c and k_pe cached, for
 #        1 query over 4,096 keys (decoding)          absorbed 4.6M     expanded 538M
 #        4,096 queries over 4,096 (a prompt)         absorbed 18.8G    expanded 5.9G
-#    Most of the 538M make keys and values anew for each token; to keep them would undo the saving.
-#    Decoding is also bound by reading memory, and absorbed reads 576 numbers per token.
+#    Most of the 538M remake all keys and values for each new token; keeping them would undo the
+#    saving. Decoding is also bound by memory reads; absorbed reads 576 numbers per cached token.
 #
-#    Why the key is decoupled. RoPE on k_nope would put a rotation between the two matrices: with
-#    the query at m and the key at n the score is q^T Rot(n - m) W_UK c_n, and the absorbed query
-#    W_UK^T Rot(m - n) q would differ for every cached n. So position gets dr numbers of its own
-#    that do not pass through W_UK. All heads share k_pe: one for each would take 128 x 64 = 8,192
-#    numbers of the cache in place of 64.
+#    Why the key is decoupled. RoPE on k_nope would put a rotation between q and W_UK: with the
+#    query at m and the key at n, the score would be q^T Rot(n - m) W_UK c_n. The absorbed query,
+#    W_UK^T Rot(m - n) q, would then have to be made anew for every cached n. So position gets dr
+#    numbers of its own, which do not pass through W_UK. All heads share one k_pe: a k_pe per head
+#    would take 128 x 64 = 8,192 numbers of the cache instead of 64.
 # ----------------------------------------------------------------------------------------------
 
 
 def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
-    """Whether absorbed attention needs fewer multiply-adds for so many queries and keys.
+    """Whether absorbed attention needs fewer multiply-adds for this many queries and keys.
 
-    Per head it takes 2R + dr for each query and key and R (dn + dv) for each query; expanded
-    takes dn + dr + dv for each query and key and R (dn + dv) for each key. With a long cache V2
-    absorbs up to 170 queries at a time: it decodes absorbed and reads a prompt expanded.
+    Per head, absorbed takes 2R + dr for each query-key pair and R (dn + dv) for each query;
+    expanded takes dn + dr + dv for each pair and R (dn + dv) for each key. With a long cache V2
+    absorbs up to 170 queries at a time: it decodes absorbed and reads a prompt expanded. In full:
 
         queries (keys (2R + dr) + R (dn + dv)) < keys (queries (dn + dr + dv) + R (dn + dv))
     """
@@ -452,8 +452,8 @@ class LatentCache:
     """What the model remembers of B sequences; made by `DeepSeek.new_cache`.
 
     latents [L, B, max_length, C] holds c after its norm and k_pe after its rotation, so that
-    neither is computed twice. lengths counts the tokens of each row; it lives on the host, where
-    shapes are decided. Setting it back makes the model forget what came later.
+    neither is computed twice. lengths holds each row's token count; it lives on the host, where
+    shapes are decided. Lowering a count makes the model forget the tokens beyond it.
     """
 
     latents: Tensor
@@ -461,16 +461,16 @@ class LatentCache:
 
 
 class AttentionContext(NamedTuple):
-    """Where the T tokens of a forward pass stand and what they see: the same for all layers, which
-    only read it (under FSDP each gets a copy). An attention of another kind obeys the mask."""
+    """Where the T tokens of a forward pass stand and what they see. All layers share it and only
+    read it (under FSDP each gets a copy). Any attention that replaces MLA must obey the mask."""
 
     positions: Tensor  # [1, T], or [B, T] where the rows of a cache differ in length
     cos: Tensor  # [B or 1, T, dr/2]
     sin: Tensor  # [B or 1, T, dr/2]
     length: int  # S: how many places of the cache are attended to
-    # [B or 1, 1, T, S], True = visible. None in the two common cases, which need no mask: whole
-    # sequences in expanded attention (T == S, each token sees itself and what precedes it), and one
-    # new token behind rows of equal length (T == 1, which sees everything).
+    # [B or 1, 1, T, S], True = visible. None in the two common cases that need no mask: whole
+    # sequences in expanded attention (T == S, each token sees itself and those before it), and one
+    # new token after rows of equal length (T == 1, it sees everything).
     mask: Tensor | None
     absorb: bool  # attend in latent space
 
@@ -478,8 +478,8 @@ class AttentionContext(NamedTuple):
 def attention_context(
     config: Config, ids: Tensor, cache: LatentCache | None, absorb: bool | None
 ) -> AttentionContext:
-    """Positions, rotation and mask for ids [B, T], behind what the cache already holds (nothing
-    without one). Raises ValueError if they do not fit."""
+    """Positions, rotation and mask for ids [B, T] that follow what the cache already holds (without
+    a cache, nothing). Raises ValueError if they do not fit."""
     B, T = ids.shape
     lengths = cache.lengths if cache else [0]
     start, end = min(lengths), max(lengths) + T
@@ -497,8 +497,8 @@ def attention_context(
         absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
     if ragged or (T > 1 and (T < end or absorb)):
-        # Key j lies at position j of its row, so this one line is the causal mask, the offset
-        # of a chunk and the blanking of places that a shorter row has not written yet.
+        # Key j lies at position j of its row, so this one line handles causality, the offset of a
+        # chunk, and the places that a shorter row has not written yet.
         mask = (torch.arange(end, device=ids.device) <= positions[..., None]).unsqueeze(1)
     return AttentionContext(positions, *rope_angles(config, positions), end, mask, absorb)
 
@@ -511,13 +511,13 @@ class MLA(nn.Module):
         c = self.config = config
         heads_q = c.num_attention_heads * c.qk_head_dim
         heads_kv = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-        if c.q_lora_rank:  # saves activation memory in training; nothing of it is cached
+        if c.q_lora_rank:  # saves activation memory in training; none of it is cached
             self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank)
             self.q_b_proj = nn.Linear(c.q_lora_rank, heads_q, bias=False)
         else:
             self.q_proj = nn.Linear(c.hidden_size, heads_q, bias=False)
-        # W_DKV and W_KR in one matrix: "mqa", since one key serves all heads
+        # W_DKV and W_KR in one matrix; "mqa" because one k_pe serves all heads
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.cache_dim, bias=False)
         # The norms keep the scale of the narrow latents in check ([V2] 3.1.2); their eps is 1e-6
         # whatever the config says, as in the official code.
@@ -529,7 +529,7 @@ class MLA(nn.Module):
     def forward(
         self, x: Tensor, context: AttentionContext, layer_cache: Tensor | None = None
     ) -> Tensor:
-        """x [B, T, D]; layer_cache [B, max_length, C], the layer's cache, is written."""
+        """x [B, T, D]; layer_cache [B, max_length, C] is this layer's cache, and is written to."""
         q_nope, q_pe = self.query(x, context)
         latent, k_pe = self.memory(x, context, layer_cache)
         attend = self.absorbed if context.absorb else self.expanded
@@ -548,8 +548,8 @@ class MLA(nn.Module):
         return q_nope, apply_rotary_emb(q_pe, context.cos, context.sin)
 
     def memory(self, x: Tensor, context: AttentionContext, layer_cache: Tensor | None):
-        """What is attended to, c [B, S, R] and k_pe [B, S, dr]: that of the tokens x, and of those
-        in the cache, which is written."""
+        """What is attended to, c [B, S, R] and k_pe [B, S, dr]: those of the tokens x, preceded by
+        those in the cache, if there is one. The new ones are written to the cache."""
         latent, k_pe = self.compress(x, context)
         if layer_cache is None:
             return latent, k_pe
@@ -560,7 +560,7 @@ class MLA(nn.Module):
         return held.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
 
     def compress(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """What is cached of each token, and nothing else: c [B, T, R] and k_pe [B, T, dr]."""
+        """Exactly what is cached for each token: c [B, T, R] and k_pe [B, T, dr]."""
         widths = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
         latent, k_pe = self.kv_a_proj_with_mqa(x).split(widths, -1)  # B T R, B T dr
         k_pe = apply_rotary_emb(k_pe.unsqueeze(2), context.cos, context.sin).squeeze(2)
@@ -577,14 +577,14 @@ class MLA(nn.Module):
         T = q.shape[2]
         causal = mask is None and T > 1
         if causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            # On a CPU flash attention takes twice the time of scores written down, as long as
-            # they are few; this saves 18% of tiny's training step. As in the official code they are
-            # rounded to bf16; flash attention keeps them in fp32.
+            # On a CPU, flash attention takes twice as long as scores written out in full, while
+            # these are few: writing them out saves 18% of tiny's training step. As in the official
+            # code, the scores are rounded to bf16; flash attention keeps them in fp32.
             future = q.new_full((T, T), -torch.inf).triu(1)
             scores = torch.add(future, q @ k.mT, alpha=self.scale)  # B H T T
             return (scores.softmax(-1) @ v).transpose(1, 2)  # B T H dv
-        # Flash attention wants one width for q, k and v. Zeros change neither the scores nor
-        # the values, and cost less than the slow path.
+        # Flash attention wants q, k and v of one width. Padding with zeros changes neither the
+        # scores nor the values, and costs less than the slow path.
         if (more := c.qk_head_dim - c.v_head_dim) > 0:
             v = F.pad(v, (0, more))
         elif more < 0:
@@ -596,12 +596,12 @@ class MLA(nn.Module):
         """The same attention in latent space ([V2] 2.1.2): no key or value is ever built."""
         c = self.config
         B, T, H = q_nope.shape[:3]
-        # Scaled before the products, as a sum over R = 512 latents would outgrow fp16.
+        # Scaled before the products, because a sum over R = 512 could overflow fp16.
         q_nope, q_pe = q_nope * self.scale, q_pe * self.scale
         w = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
         q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
-        # All heads read one memory: H heads of T queries are H*T queries of one head.
+        # All heads read one memory, so H heads of T queries act as one head of H*T queries.
         scores = q_latent.flatten(1, 2) @ latent.mT  # B H*T S
         scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT  # B H*T S
         scores = scores.float().unflatten(1, (H, T))  # B H T S
@@ -622,12 +622,12 @@ class MLA(nn.Module):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """The activation of all feed-forward layers, dense ones and experts."""
+    """The activation of all feed-forward layers, dense ones and experts alike."""
     return F.silu(gate) * up
 
 
 class MLP(nn.Module):
-    """A gated feed-forward layer: dense layers and shared experts. [..., D] -> [..., D]."""
+    """A gated feed-forward layer, for dense layers and shared experts. [..., D] -> [..., D]."""
 
     def __init__(self, config: Config, intermediate_size: int):
         super().__init__()
@@ -645,14 +645,14 @@ class MLP(nn.Module):
 #        s_i = softmax_i(x . e_i)         affinity of the token to expert i      [V2] eq. 20-22
 #        g_i = scaling * s_i if s_i is among the K largest, else 0
 #
-#    The softmax goes over all experts and precedes the choice, so that a weight is the confidence
-#    in an expert among all; among the chosen K alone the weights would always sum to one. The
-#    factor is not in eq. 21. In the official code V2 multiplies by routed_scaling_factor = 16 and
-#    V2-Lite by 1; no source says why, presumably since six of 160 weights sum to little.
+#    The softmax covers all experts and precedes the choice, so a weight is the router's confidence
+#    in an expert among all; over the chosen K alone, weights would always sum to one. Eq. 21 has no
+#    factor; the official routed_scaling_factor is 16 in V2 and 1 in V2-Lite. [V2] 3.1.2 says only
+#    that scaling routed experts stabilises training; presumably six of 160 weights sum to little.
 #
-#    Device-limited routing ([V2] 2.2.2): experts live in G groups, one per device. A token may
-#    reach only the M groups with the highest best score, so that it is sent to M devices at most,
-#    however many experts it uses. In the paper M = 3 did about as well as no limit.
+#    Device-limited routing ([V2] 2.2.2): the experts form G groups, one per device. A token may use
+#    only the M groups whose best expert scores highest, so it is sent to at most M devices, however
+#    many experts it uses. In the paper, M >= 3 did about as well as no limit.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -660,7 +660,7 @@ class Routing(NamedTuple):
     """What the router decided, for each token."""
 
     logits: Tensor  # [B, T, E] fp32
-    scores: Tensor  # [B, T, E] affinities s, summing to 1; carry the router's gradient
+    scores: Tensor  # [B, T, E] affinities s, summing to 1; the router's gradient runs through them
     weights: Tensor  # [B, T, K] what the chosen experts' outputs are multiplied by
     index: Tensor  # [B, T, K] which experts were chosen
     allowed_groups: Tensor  # [B, T, G] bool: the groups that the token may reach
@@ -675,7 +675,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> Routing:
-        # In fp32 even under autocast: in bf16 rounding would decide near ties.
+        # In fp32 even under autocast: in bf16, rounding would decide between near ties.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # B T E
         scores = logits.softmax(-1)
@@ -683,12 +683,12 @@ class Gate(nn.Module):
         weights = scores.gather(-1, index)  # B T K
         if self.config.norm_topk_prob and self.config.num_experts_per_tok > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        else:  # the official code normalises instead of scaling, never both
+        else:  # as in the official code: normalised or scaled, never both
             weights = weights * self.config.routed_scaling_factor
         return Routing(logits, scores, weights, index, allowed_groups)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The K experts of highest score in the groups allowed [B, T, K], and these [B, T, G]."""
+        """The K best experts of the allowed groups [B, T, K], and these groups [B, T, G]."""
         c = self.config
         by_group = scores.unflatten(-1, (c.n_group, -1))  # B T G E/G
         allowed = torch.ones_like(by_group[..., 0], dtype=torch.bool)  # B T G
@@ -699,8 +699,8 @@ class Gate(nn.Module):
         return by_group.flatten(-2).topk(c.num_experts_per_tok, -1).indices, allowed
 
 
-# Left alone, a router collapses: an expert that is chosen more often learns more and is chosen
-# still more often. Three losses pull against that ([V2] 2.2.3, eq. 23-31), each of the form
+# Left alone, a router collapses: an expert that is chosen more often learns more, and so is chosen
+# still more often. Three losses counteract this ([V2] 2.2.3, eq. 23-31), each of the form
 #
 #        alpha * sum_i f_i P_i      f_i: the load of i divided by the average load
 #                                   P_i: mean probability that the router gave to i
@@ -710,18 +710,18 @@ class Gate(nn.Module):
 #    device           i is one of G groups         f   = mean of f over the experts of the group
 #                     no device waits for others   P   = sum of P over them
 #    communication    i is one of G groups         f   = G / (M T) * #{tokens sent to the group}
-#                     each device receives alike   P   = as for devices
+#                     all receive the same share   P   = as for devices
 #
-# f counts and has no gradient; P has. So the router lowers its probabilities most where the load
-# is highest. At perfect balance every f is 1 and P sums to 1, so each loss is its alpha; those of
-# all layers are added. T is the number of tokens in one sequence; the loss is averaged over the
-# batch. Limited routing bounds what a device sends; the third loss evens out what it receives.
-# When a token counts as "sent" the paper does not say: here, when the group is among the M that
-# it may reach. Only the first loss is in the official code.
+# f is a count and has no gradient; P has one. So the router lowers its probabilities most where the
+# load is highest. At perfect balance every f is 1 and P sums to 1, so each loss equals its alpha;
+# the losses of all layers are added. T is the number of tokens in one sequence, and each loss is
+# averaged over the batch. Limited routing bounds what a device sends; the third loss evens out what
+# devices receive. The paper does not say when a token counts as "sent" to a group; here, when the
+# group is among the M that it may reach. Only the first loss is in the official code.
 
 
 def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
-    """The balance losses of one MoE layer that have a weight: scalars, fp32, weighted."""
+    """The balance losses of one MoE layer whose alpha is not 0: fp32 scalars, already weighted."""
     c = config
     T, K = routing.index.shape[1:]
     P = routing.scores.mean(1)  # B E
@@ -745,11 +745,11 @@ NO_DROP_SHARE = 0.1  # of the sequences, "approximately 10%" ([V2] 2.2.4)
 def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
     """Weights [B, T, K] with 0 where a device is over its capacity ([V2] 2.2.4).
 
-    Each device takes token_drop_capacity times its average share of the batch's assignments,
-    those of highest affinity first. no_drop [B]: sequences of which nothing is dropped, so that the
-    model also learns what it meets in use, where nothing is dropped. Where the paper is silent:
-    capacity counts assignments, and weights are not renormalised. Here dropping saves no
-    computation: the expert still runs, its result gets weight 0, and it still counts in the load.
+    Each device takes token_drop_capacity times its average share of the batch's assignments, those
+    of highest affinity first. no_drop [B] marks sequences that lose nothing, so that the model also
+    trains as it is used: without dropping. Where the paper is silent, we chose that capacity counts
+    assignments and that weights are not renormalised. Dropping saves no computation here: the
+    expert still runs, its result gets weight 0, and it still counts in the load.
     """
     c = config
     B, T, K = routing.index.shape
@@ -759,13 +759,13 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
     affinity = routing.weights.detach().masked_fill(no_drop, torch.inf)
     order = affinity.flatten().argsort(descending=True)  # B*T*K
     onehot = F.one_hot(device[order], c.n_group)  # B*T*K G
-    place = (onehot.cumsum(0) * onehot).sum(-1)  # 1 = the assignment its device wants most
+    place = (onehot.cumsum(0) * onehot).sum(-1)  # 1 = the assignment its device takes first
     kept = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, place <= capacity)
     return routing.weights * (kept.view(B, T, K) | no_drop)
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. DeepSeekMoE. How can a model know much and yet compute little?
+# 7. DeepSeekMoE. How can a model know a lot but compute little?
 #
 #                       x                                        [V2] section 2.2, [MoE] section 3
 #                       |
@@ -785,9 +785,9 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 
 
 class Dispatch(torch.autograd.Function):
-    """Each row of x [N, D] goes to K rows of [size, D], those of place [N*K], which are all
-    different; the others are zeros. So the backward pass can gather, where torch, which does not
-    know that, would add scattered rows up one after the other."""
+    """Copies each row of x [N, D] to K rows of the result [size, D]: those in place [N*K], all
+    different; other rows are zeros. So the backward pass can gather, while torch, not knowing that
+    they differ, would add up scattered rows one by one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, place: Tensor, size: int) -> Tensor:
@@ -804,7 +804,7 @@ class Dispatch(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """The way back: y [size, D] -> the rows place, [N*K, D]."""
+    """The way back: y [size, D] -> its rows at place, [N*K, D]."""
 
     @staticmethod
     def forward(ctx, y: Tensor, place: Tensor) -> Tensor:
@@ -821,13 +821,13 @@ class Collect(torch.autograd.Function):
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: sum_k weights[n, k] * E_{index[n, k]}(x[n]).
 
-    x [N, D], index [N, K], weights [N, K] -> [N, D], N = B*T tokens in a row.
+    x [N, D], index [N, K], weights [N, K] -> [N, D], for N = B*T tokens.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         E, D, I = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, D))  # gate above, up below
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, D))  # gate rows, then up rows
         self.down_proj = nn.Parameter(torch.empty(E, D, I))
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -842,11 +842,11 @@ class Experts(nn.Module):
         return run(x.to(dtype), index, weights, gate_up, down)
 
     def can_group(self, device: torch.device) -> bool:
-        """Whether grouped_mm runs here; it wants rows of a multiple of 16 bytes."""
+        """Whether grouped_mm runs here; it needs rows whose size is a multiple of 16 bytes."""
         return device.type in ("cpu", "cuda") and not any(n % 8 for n in self.down_proj.shape[1:])
 
     def looped(self, x, index, weights, gate_up, down) -> Tensor:
-        """One expert after the other: the definition, on any device."""
+        """One expert after another: the definition, for any device."""
         out = torch.zeros_like(x, dtype=weights.dtype)
         for e in range(len(gate_up)):
             token, k = (index == e).nonzero(as_tuple=True)
@@ -856,23 +856,23 @@ class Experts(nn.Module):
         return out
 
     def grouped(self, x, index, weights, gate_up, down) -> Tensor:
-        """All experts in two grouped products: lay the N*K assignments out by expert, multiply each
-        run of rows with its expert's matrix, and collect the results by token.
+        """All experts in two grouped products: lay out the N*K assignments by expert, multiply each
+        expert's run of rows by its matrix, and collect the results by token.
 
-        No shape depends on the routing, so nothing has to be counted on the host (but grouped_mm
-        itself waits on cards before sm90, and in fp16 or fp32), and torch.compile sees one shape.
+        No shape depends on the routing, so the host need not wait for any count (though grouped_mm
+        itself waits on GPUs before sm90, and in fp16 or fp32), and torch.compile sees one shape.
         """
         (N, D), K, expert = x.shape, index.shape[1], index.flatten()  # N*K
-        # On a CPU a kernel is prepared for each number of rows that is met. Where runs begin at
-        # multiples of 32, these numbers are few. Rows between the runs are zeros; what the products
-        # give behind the last run is undefined, and never read.
+        # A CPU prepares a kernel for each number of rows that it meets. Starting runs at multiples
+        # of 32 keeps these numbers few. Rows between the runs are zeros; what the products leave
+        # after the last run is undefined, and never read.
         block = 32 if x.device.type == "cpu" else 1
         order = expert.argsort(stable=True)  # N*K
         count = torch.zeros(len(gate_up), dtype=torch.long, device=x.device)
-        count = count.scatter_add_(0, expert, torch.ones_like(expert))  # bincount would wait
+        count = count.scatter_add_(0, expert, torch.ones_like(expert))  # bincount would sync
         space = (count + block - 1) // block * block
         ends = space.cumsum(0)  # E: one past the last row of each expert
-        shift = (ends - space) - (count.cumsum(0) - count)  # padded start less dense start
+        shift = (ends - space) - (count.cumsum(0) - count)  # padded start minus dense start
         row = torch.arange(N * K, device=x.device) + shift[expert[order]]  # N*K, all different
         place = torch.empty_like(row).scatter_(0, order, row)  # N*K: the row of each assignment
         rows = Dispatch.apply(x, place, N * K + len(count) * (block - 1))  # rows D
@@ -883,19 +883,19 @@ class Experts(nn.Module):
         return (y * weights.unsqueeze(-1)).sum(1)
 
     def gathered(self, x, index, weights, gate_up, down) -> Tensor:
-        """Each token's experts, copied side by side: for few tokens, as in decoding, where the
-        copies are no more than the experts there are. Nothing is sorted, and torch.compile traces
-        it in any dtype."""
+        """Copies each token's experts side by side: for few tokens, as in decoding, where there are
+        at most as many copies as experts. Nothing is sorted, and torch.compile traces this in any
+        dtype."""
         gate, up = (gate_up[index] @ x[:, None, :, None]).squeeze(-1).chunk(2, -1)  # 2 x N K I
         y = (down[index] @ gated(gate, up).unsqueeze(-1)).squeeze(-1)  # N K D
         return (y * weights.unsqueeze(-1)).sum(1)
 
 
 class LayerOutput(NamedTuple):
-    """What an MoE or a whole layer gives; a dense layer has neither losses nor load."""
+    """What an MoE layer or a whole block returns; a dense one has neither losses nor load."""
 
     y: Tensor  # [B, T, D]
-    losses: dict[str, Tensor]  # by name, weighted; empty outside of training
+    losses: dict[str, Tensor]  # by name, weighted; empty outside training
     load: Tensor | None  # [E]: each expert's share of the assignments
 
 
@@ -911,11 +911,11 @@ class MoE(nn.Module):
             self.shared_experts = MLP(c, c.n_shared_experts * c.moe_intermediate_size)
 
     def forward(self, x: Tensor, no_drop: Tensor | None = None) -> LayerOutput:
-        """x [B, T, D]; no_drop [B]: sequences that token dropping spares; None drops nothing."""
+        """x [B, T, D]; no_drop [B]: the sequences that token dropping spares; None: no dropping."""
         c = self.config
         routing = self.gate(x)
         weights, losses = routing.weights, {}
-        if self.training and self.gate.weight.requires_grad:  # a frozen router stays as it is
+        if self.training and self.gate.weight.requires_grad:  # a frozen router needs no losses
             losses = balance_losses(c, routing)
         if no_drop is not None:
             weights = drop_tokens(c, routing, no_drop)
@@ -936,7 +936,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: MLA, then a dense or MoE feed-forward, each after a norm of its own."""
+    """One layer: MLA, then a dense or MoE feed-forward layer, each after its own norm."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -954,7 +954,7 @@ class Block(nn.Module):
         no_drop: Tensor | None = None,
         layer_cache: Tensor | None = None,
     ) -> LayerOutput:
-        """[B, T, D] -> the same, with the losses and the load of an MoE layer."""
+        """[B, T, D] -> the same shape, with the losses and the load of an MoE layer."""
         x = x + self.self_attn(self.input_layernorm(x), context, layer_cache)
         normed = self.post_attention_layernorm(x)
         out = self.mlp(normed, no_drop) if self.is_moe else LayerOutput(self.mlp(normed), {}, None)
@@ -962,7 +962,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. The model and its loss. From token ids to logits.
+# 9. The model and its loss. How do token ids become logits?
 # ----------------------------------------------------------------------------------------------
 
 
@@ -970,7 +970,7 @@ class Output(NamedTuple):
     """What `DeepSeek.forward` returns."""
 
     logits: Tensor | None  # [B, T, V]; None with targets
-    losses: dict[str, Tensor]  # with targets: cross_entropy, and in training balance losses; fp32
+    losses: dict[str, Tensor]  # with targets: cross_entropy, and balance losses in training; fp32
     expert_load: Tensor  # [MoE layers, E]: each expert's share of the assignments
 
     @property
@@ -980,7 +980,7 @@ class Output(NamedTuple):
 
     @property
     def aux_loss(self) -> Tensor | float:
-        """All other losses, weighted and added; 0 in eval mode."""
+        """The sum of all other losses, already weighted; 0 in eval mode."""
         return sum(loss for name, loss in self.losses.items() if name != "cross_entropy")
 
 
@@ -996,7 +996,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, cache=None, absorb=None, checkpoint_activations=False):
         context = attention_context(self.config, ids, cache, absorb)
-        x = self.embed_tokens(ids).float()  # B T D; sums of many layers outgrow fp16
+        x = self.embed_tokens(ids).float()  # B T D; the sum of many layers can overflow fp16
         dropping = self.training and self.config.token_drop_capacity > 0
         # B; drawn once, so that a sequence is spared by all layers or by none
         no_drop = torch.rand(len(ids), device=ids.device) < NO_DROP_SHARE if dropping else None
@@ -1019,8 +1019,8 @@ class Decoder(nn.Module):
 class DeepSeek(nn.Module):
     """DeepSeek-V2 for a `Config`, freshly initialised, in fp32, on the CPU.
 
-    Under `with torch.device("meta")` it is built without memory, to count or to load into.
-    For mixed precision put `torch.autocast` around the call.
+    Under `with torch.device("meta")` it takes no memory, for counting or for loading weights into.
+    For mixed precision, wrap the call in `torch.autocast`.
     """
 
     def __init__(self, config: Config):
@@ -1032,7 +1032,7 @@ class DeepSeek(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices normal with std initializer_range ([V2] 3.1.2), norm weights one."""
+        """Matrices are normal with std initializer_range ([V2] 3.1.2); norm weights are one."""
         for p in self.parameters():
             if p.dim() > 1:
                 p.normal_(0.0, self.config.initializer_range)
@@ -1047,11 +1047,11 @@ class DeepSeek(nn.Module):
         absorb: bool | None = None,
         checkpoint_activations: bool = False,
     ) -> Output:
-        """input_ids [B, T]; targets [B, T] are the ids to predict there, -100 where none counts.
+        """input_ids [B, T]; targets [B, T]: the id to predict at each place, -100 to skip it.
 
-        cache: the ids continue what it holds, and are added to it. absorb: True or False forces
-        MLA's absorbed or expanded form; None takes the cheaper. checkpoint_activations: keep
-        only each layer's input for the backward pass and compute the rest again.
+        cache: input_ids continue what it holds, and are added to it. absorb: True or False forces
+        MLA's absorbed or expanded form; None picks the cheaper. checkpoint_activations: keep only
+        each layer's input for the backward pass and recompute the rest.
         Raises ValueError when the sequence outgrows the cache or max_position_embeddings.
         """
         x, losses, load = self.model(input_ids, cache, absorb, checkpoint_activations)
@@ -1060,11 +1060,11 @@ class DeepSeek(nn.Module):
         return Output(None, {"cross_entropy": self.cross_entropy(x, targets)} | losses, load)
 
     def cross_entropy(self, x: Tensor, targets: Tensor, head: nn.Module | None = None) -> Tensor:
-        """Mean cross-entropy in nats of x [B, T, D], through a head (lm_head unless given), against
-        targets [B, T].
+        """Mean cross-entropy in nats of x [B, T, D] against targets [B, T], through head (lm_head
+        if none is given).
 
-        At V = 102,400 one sequence of 4,096 tokens has 1.7 GB of logits. So they are made in
-        chunks of at most 128 MB, forgotten, and made again in the backward pass.
+        With V = 102,400, the logits of one sequence of 4,096 tokens take 1.7 GB. They are therefore
+        made in chunks of at most 128 MB, discarded, and made again in the backward pass.
         """
         x, targets = x.flatten(0, 1), targets.flatten()  # B*T D, B*T
         chunk = max(1, 2**25 // self.config.vocab_size)
@@ -1080,9 +1080,9 @@ class DeepSeek(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active are those that one token uses, without the input embedding,
-        which is a look-up. So counted, V2 has 235.7B and 20.9B, V2-Lite 15.7B and 2.45B (the
-        paper's 2.4B; 2.66B with the embedding)."""
+        """(total, active). Active are those that one token uses, except the input embedding, which
+        is a mere look-up. This gives 235.7B and 20.9B for V2, 15.7B and 2.45B for V2-Lite (the
+        paper says 2.4B; with the embedding it would be 2.66B)."""
         c, sizes = self.config, {n: p.numel() for n, p in inference_parameters(self)}
         total = sum(sizes.values())
         routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
@@ -1093,7 +1093,7 @@ class DeepSeek(nn.Module):
         self, batch_size: int, max_length: int, dtype: torch.dtype | None = None
     ) -> LatentCache:
         """An empty cache for batch_size sequences of up to max_length tokens, in the dtype of
-        the weights unless given."""
+        the weights unless another is given."""
         c, weight = self.config, self.lm_head.weight
         shape = (c.num_hidden_layers, batch_size, max_length, c.cache_dim)
         latents = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
@@ -1103,7 +1103,7 @@ class DeepSeek(nn.Module):
     # 10. Generation. How does the model continue a text?
     #
     #    Prefill: one pass over the prompts writes their latents into the cache.
-    #    Decoding: one pass of T = 1 per new token reads the cache, as a rule absorbed.
+    #    Decoding: one pass with T = 1 per new token reads the cache, normally in absorbed form.
     # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -1115,13 +1115,13 @@ class DeepSeek(nn.Module):
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue prompts (ids [B, T], or B lists of any lengths), yielding ids [B] as they come.
 
-        temperature 0 takes the most probable token. top_k keeps the k most probable tokens,
-        top_p the fewest that hold that much probability. A row that has said `stop` goes on
-        repeating it; all rows done, or the context full, ends the stream. Ids from vocab_size on
-        (the padding of the embedding) never come out. compiled puts the steps behind the prompt
-        through torch.compile, which takes half a minute, twice, and again for another batch size;
-        then a CPU no longer waits between hundreds of small operations.
-        Raises ValueError for impossible arguments, when the first token is asked for.
+        temperature 0 takes the most probable token. top_k keeps the k most probable tokens, top_p
+        the fewest that together reach that probability. A row that has produced `stop` keeps on
+        repeating it; the stream ends when all rows have, or when the context is full. Ids from
+        vocab_size up (padding of the embedding) are never produced. compiled runs the steps after
+        the prompt through torch.compile: that takes half a minute, twice, and again for each new
+        batch size, but then a CPU no longer waits between hundreds of small operations.
+        Raises ValueError for impossible arguments, but only when the first token is requested.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
         if any(row.dim() != 1 for row in rows):
@@ -1148,8 +1148,8 @@ class DeepSeek(nn.Module):
         device = self.lm_head.weight.device
         cache = self.new_cache(len(rows), longest + max_new_tokens)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        # Rows are padded on the right. Forgetting the padding is enough: what it wrote into the
-        # cache lies behind each row's end, invisible, and is overwritten token by token.
+        # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
+        # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         last = torch.tensor(lengths, device=device) - 1
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), last]  # B D
         cache.lengths = lengths
@@ -1176,7 +1176,7 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw one id per row of logits [B, V]; see `DeepSeek.generate` for the arguments."""
-    if temperature < 1e-6:  # the limit; dividing by less would leave the range of fp32
+    if temperature < 1e-6:  # treated as 0: dividing by less could leave the range of fp32
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -1185,29 +1185,29 @@ def sample(
     if top_p is not None:
         probs, ids = logits.softmax(-1).sort(-1, descending=True)
         before = probs.cumsum(-1) - probs  # the probability of all that rank higher
-        outside = before >= max(top_p, 1e-6)  # of any top_p the most probable one stays
+        outside = before >= max(top_p, 1e-6)  # the most probable token stays, whatever top_p is
         drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
 def inference_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that inference needs, by name: all but those of modules with the attribute
-    `training_only` (a head that predicts a second token, say). Counts, export and LoRA use it."""
+    """The parameters that inference needs, by name: all except those of modules with the attribute
+    `training_only` (say, a head that predicts a second token). Counts, export and LoRA use this."""
     modules = model.named_modules()
     left_out = tuple(f"{name}." for name, m in modules if getattr(m, "training_only", False))
     return ((name, p) for name, p in model.named_parameters() if not name.startswith(left_out))
 
 
 # ----------------------------------------------------------------------------------------------
-# 11. LoRA. How does a model learn something new in few numbers?
+# 11. LoRA. How can a model learn something new by training few numbers?
 #
 #        y = W x + (alpha / r) B A x          A [r, in], B [out, r]               arXiv 2106.09685
 #
-#    W, the base, stays as it is, to the bit; A and B are trained. B begins at zero, so that the
-#    start is the base model exactly; A does not, or neither would have a gradient. With alpha / r
-#    in front, less has to be retuned when r is changed (LoRA, 4.1). Adapters are for linear layers:
-#    the stacked routed experts, the router, the embedding and the norms have none.
+#    W, the base, stays as it is, bit for bit; A and B are trained. B starts at zero, so that
+#    training starts from exactly the base model; A does not, or neither would get a gradient. The
+#    factor alpha / r reduces the retuning needed when r is changed (LoRA, 4.1). Only linear layers
+#    have adapters: the stacked routed experts, the router, the embedding and the norms have none.
 # ----------------------------------------------------------------------------------------------
 
 MLA_PROJECTIONS = (
@@ -1230,7 +1230,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + (alpha / r) B A, summed in fp32; absorbed attention reads that of kv_b_proj."""
+        """W + (alpha / r) B A, summed in fp32. Absorbed attention reads kv_b_proj through this."""
         base = self.base_layer.weight
         with torch.autocast(base.device.type, enabled=False):
             delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
@@ -1249,11 +1249,11 @@ def add_lora(
     targets: Sequence[str] = MLA_PROJECTIONS,
     dropout: float = 0.0,
 ) -> list[str]:
-    """Freeze the model and give every linear layer called like one of `targets`, by its last name
-    or in full, an adapter.
+    """Freeze the model and put an adapter on every linear layer that `targets` names, in full or by
+    its last part.
 
-    Returns the adapted layers' full names. Of MLA_PROJECTIONS each configuration has some. Raises
-    ConfigError for another target that is not there, and where the model has adapters already.
+    Returns the full names of the adapted layers. No model has all of MLA_PROJECTIONS; missing ones
+    are skipped. Raises ConfigError for any other missing target, or if there are adapters already.
     """
     needed = {name.removesuffix(".weight") for name, _ in inference_parameters(model)}
     linear = {n: m for n, m in modules_of(model, nn.Linear).items() if n in needed}
@@ -1279,7 +1279,7 @@ def add_lora(
 
 
 def modules_of(model: nn.Module, kind: type) -> dict[str, Any]:
-    """The modules of a kind, by name."""
+    """The modules of one kind, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
@@ -1291,6 +1291,6 @@ def merge_lora(model: DeepSeek) -> None:
 
 
 def remove_lora(model: DeepSeek) -> None:
-    """Put the base back without its adapters, as it was to the bit."""
+    """Put the base layers back, bit for bit as they were, without their adapters."""
     for name, layer in modules_of(model, LoRALinear).items():
         model.set_submodule(name, layer.base_layer)
