@@ -53,6 +53,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -1002,14 +1003,14 @@ class Decoder(nn.Module):
         no_drop = torch.rand(len(ids), device=ids.device) < NO_DROP_SHARE if dropping else None
         losses, loads = {}, []
         for i, layer in enumerate(self.layers):
-            given = (x, context, no_drop, cache.latents[i] if cache else None)
+            run = layer
             if checkpoint_activations:
-                x, own, load = checkpoint(layer, *given, use_reentrant=False)
-            else:
-                x, own, load = layer(*given)
-            losses |= {name: losses.get(name, 0.0) + loss for name, loss in own.items()}
-            if load is not None:
-                loads.append(load)
+                run = partial(checkpoint, layer, use_reentrant=False)
+            out = run(x, context, no_drop, cache.latents[i] if cache else None)
+            x = out.y
+            losses |= {name: losses.get(name, 0.0) + loss for name, loss in out.losses.items()}
+            if out.load is not None:
+                loads.append(out.load)
         if cache:
             cache.lengths = [n + ids.shape[1] for n in cache.lengths]
         load = torch.stack(loads) if loads else x.new_zeros(0, self.config.n_routed_experts)
