@@ -74,7 +74,7 @@ def test_rows_are_read_in_a_list_or_in_lines_whatever_the_file_is_called(tmp_pat
 
 def test_the_words_of_a_text_without_spaces_are_cut_before_they_are_counted(tmp_path):
     word = "".join(np.random.default_rng(0).choice([*"ACGT"], 200))
-    path = tmp_path / ("长" * 80 + ".txt")  # 243 bytes, which the cache's folder cannot have
+    path = tmp_path / ("长" * 83 + ".txt")  # 253 bytes, which the cache's folder cannot have
     path.write_text(word * 50)
     ready = data.prepare(str(path), 3000, tmp_path / "cache")
     assert max(map(len, ready.tokenizer.get_vocab())) == 64
