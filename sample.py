@@ -80,7 +80,7 @@ def main() -> None:
     if options.export:
         merge_lora(model)
         path = Path(options.export)
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             save_model(path, model, tokenizer)
         else:
             export(model, tokenizer, path, chat.CHAT_TEMPLATE)

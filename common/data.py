@@ -82,7 +82,8 @@ def find_corpus(source: str) -> tuple[list[Path], int]:
     # systems and editors leave hidden files beside texts
     if files := sorted(f for f in texts if "/." not in f"/{f.relative_to(path).as_posix()}"):
         return files, len(inside) - len(files)
-    raise UsageError(f"data {source!r} is no text that can be read: see --data in --help")
+    what = "is no text that can be read" if path.exists() else "does not exist"
+    raise UsageError(f"data {source!r} {what}: see --data in --help")
 
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
@@ -128,6 +129,8 @@ def read_rows(path: Path, wanted: str, pick: Callable) -> Iterator[Sequence[str]
                 "".join(texts).encode()  # they are texts, and without half a surrogate pair
                 yield texts
                 done += 1
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text ({error.reason}): convert it") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: row {done + 1} lacks {wanted} ({error})") from error
 

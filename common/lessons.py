@@ -65,7 +65,7 @@ def instructions(
     about = ", ".join([about, *(f"{n:,} {what}" for what, n in remarks.items())])
     if not examples or not kept:
         what = f"{options.data} has too little that fits into {options.seq_len} tokens ({about})"
-        raise UsageError(f"{what}: give more or shorter instructions, or a larger --seq_len")
+        raise UsageError(f"{what}: give different questions with answers, or a larger --seq_len")
     batches = chat.AnswerBatches(examples, options.batch_size, options.seed)
     sizes = np.cumsum([(example.targets != data.IGNORE).sum() for example in kept])
     some = [example[1:] for example in kept[: 1 + np.searchsorted(sizes, options.eval_tokens)]]

@@ -127,6 +127,8 @@ def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str
     """
     if {"steps", "minutes"} <= typed.keys():
         raise UsageError("--steps and --minutes exclude each other: give one")
+    if options.resume and options.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: give one")
     out = Path(options.out)
     checkpoint = out / "ckpt.pt"
     if options.resume:

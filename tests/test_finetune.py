@@ -330,7 +330,9 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("--data {tmp}/none.json", "none.json' is no text that can be read"),
+        ("--data {tmp}/none.json", "none.json' does not exist"),
+        ("--data {tmp}/wide.json", "wide.json is not UTF-8 text"),
+        ("--data {cats} --resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--data {tmp}/empty.json", "too little that fits into 32 tokens (0 instructions, 0 held"),
         ("--data stories:0", "N from 1"),
         ("--data stories", "need a context of"),
@@ -342,6 +344,7 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
 )
 def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "wide.json").write_text("[]", encoding="utf-16")
     line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
     before = trained.read_bytes()
     code, _, err = run(f"finetune --ckpt {trained} --out {tmp_path}/o {line}")
