@@ -59,7 +59,10 @@ def texts_of(row: dict) -> list[str]:
     said = row.get("messages", row.get("conversations"))
     if said is None:
         question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
-        before = itertools.chain.from_iterable(row.get("history") or [])
+        before = row.get("history") or []
+        if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
+            raise TypeError("its history is no list of pairs")
+        before = itertools.chain.from_iterable(before)
         return [row.get("system") or "", *before, question, row["output"]]
     roles = [m["role"] if "role" in m else m["from"] for m in said]
     roles = [ROLES.get(role, role) for role in roles]

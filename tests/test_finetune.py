@@ -50,6 +50,7 @@ def test_rows_in_the_form_of_alpaca_are_read(tmp_path):
         {"output": "b"},
         {"instruction": "a", "input": 3, "output": "b"},
         {"messages": 1},
+        *(good[2] | {"history": before} for before in (["q", "a"], [["q"]], [{"q": "", "a": ""}])),
     ):
         path.write_text(json.dumps([good[0], lacking]))
         with pytest.raises(UsageError, match='row 2 lacks an "instruction" and an "output"'):
