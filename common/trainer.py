@@ -294,7 +294,7 @@ def evaluate(model: DeepSeek, held_out: EvalSet, device, dtype) -> dict[str, Any
                 wanted = targets.flatten().to(device)
                 loss = F.cross_entropy(logits.float(), wanted, reduction="sum").item()
             except torch.OutOfMemoryError:
-                if len(inputs) == 1:
+                if len(inputs) == 1 or isinstance(model, FSDPModule):  # others would wait for it
                     raise
                 waiting += zip(*(t.tensor_split(2) for t in rows), strict=True)
                 continue

@@ -2,6 +2,8 @@
 
 import copy
 import time
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +128,19 @@ def test_the_estimate_is_near_what_a_card_took():
         more = memory.activation_memory(config, rows, 1024, checkpointing, torch.bfloat16)
         assert (fixed + more) / 2**30 == pytest.approx(measured, rel=0.25)
     assert fixed == 2 * low
+
+
+def test_a_sharded_evaluation_that_does_not_fit_ends_and_lets_nobody_wait(monkeypatch):
+    model = random_model(small())
+    model.register_forward_pre_hook(Mock(side_effect=FULL))
+    calls = model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]
+    for sharded, tried in ((False, 3), (True, 1)):  # 6 rows, 3, 1: the single one is the last
+        monkeypatch.setattr(trainer, "FSDPModule", type(model) if sharded else Mock)
+        monkeypatch.setattr(trainer, "evaluating", lambda model: nullcontext())
+        calls.reset_mock()
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.evaluate(model, evaluation(), CPU, torch.float32)
+        assert calls.call_count == tried
 
 
 def test_a_text_without_tags_is_evaluated_without_all_its_logits():

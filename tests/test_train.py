@@ -76,6 +76,29 @@ def test_minutes_fixes_the_number_of_steps(run, corpus, tmp_path):
     assert code == 0 and state["step"] == state["args"]["steps"] == 21
 
 
+def test_minutes_are_used_up_though_the_first_steps_and_evaluation_are_slow(
+    trained, tmp_path, monkeypatch
+):
+    clock = [0.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
+    run = small_trainer(tmp_path, trained, steps=None, minutes=5.0, eval_tokens=24 * 48)
+    seconds = 24 * 0.1 * 0.3  # of an evaluation: as many tokens as 24 steps, forward only
+
+    def train_step(inputs, targets):
+        clock[0] += 1.0 if run.step < 8 else 0.1  # seconds
+        run.step += 1
+        return {"step": run.step, "loss": 1.0, "tok_per_s": 1.0}, torch.zeros(1, 4)
+
+    def evaluate():
+        clock[0] += 12.0 if run.step == 0 else seconds
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(run, "train_step", train_step)
+    monkeypatch.setattr(run, "save", lambda: None)
+    run.fit(batch_at, evaluate, lambda: "")
+    assert 0.8 * 300 < clock[0] <= 300
+
+
 def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):
     line = f"train --size small {MODEL} --data stories:120 --steps 4 --eval_every 2 --seq_len 256"
     code, out, _ = run(f"{line} --out {tmp_path}")
