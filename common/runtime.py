@@ -368,7 +368,8 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not seen by this torch {torch.__version__}: try --device cpu"
         )
     if device.type == "cuda":  # which set_device() wants with a number
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or device.index or 0))
+        own = os.environ.get("LOCAL_RANK") if is_launched() else None
+        device = torch.device("cuda", int(own or device.index or 0))
         if device.index >= torch.cuda.device_count():
             raise UsageError(
                 f"device {str(device)!r} is not there: this machine has {torch.cuda.device_count()}"

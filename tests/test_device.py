@@ -46,6 +46,10 @@ def test_a_card_is_taken_by_its_number(cards, monkeypatch):
         cards.clear()
         device = torch.device("cuda", index)
         assert runtime.choose_device(name) == device and cards == [index, device]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # left over, without torchrun
+    assert runtime.choose_device("cuda:1") == torch.device("cuda", 1)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     for own, index in (("1", 1), ("0", 0), ("", 1)):  # torchrun's word counts, where it says one
         cards.clear()
         monkeypatch.setenv("LOCAL_RANK", own)
