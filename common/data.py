@@ -41,6 +41,7 @@ FORMAT = 4  # of the prepared files; another number means: prepare again
 LONGEST = 2**21  # characters read at a time, as to tokenise one takes 200 bytes
 TOKENIZER_TEXT = 100 * 2**20  # bytes that the tokenizer learns from, spread over the corpus
 IGNORE = -100  # a target that counts nothing
+PASSED_OVER = "hidden or other files passed over"  # of a folder
 
 HUB = {  # names of files on the Hugging Face hub
     "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt"),
@@ -250,7 +251,7 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path, also: Sequence[st
         remark = f"./{source} is not read" if Path(source).exists() else ""
     else:
         files, passed = find_corpus(source)
-        remark = f"{passed:,} hidden or other files passed over" if passed else ""
+        remark = f"{passed:,} {PASSED_OVER}" if passed else ""
         text = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     which = tokens if isinstance(tokens, int) else tokens.to_str()
     key = f"{text} {which} {FORMAT} {[*also]} {tokenizers.__version__}"

@@ -49,7 +49,7 @@ def read_data(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     if all(path.suffix.lower() == ".txt" for path in files):
         return raw_text(options, tokenizer)
     dialogues, remarks = chat.read_dialogues(files)
-    remarks["hidden or other files passed over"] = passed
+    remarks[data.PASSED_OVER] = passed
     return instructions(options, tokenizer, *chat.hold_out(dialogues), remarks)
 
 
