@@ -42,7 +42,13 @@ def test_it_is_committed_as_it_ran_in_one_go_and_tells_no_paths_of_the_machine()
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 13
+    drawn = [
+        [cell, below]
+        for cell, below in zip(NOTEBOOK.cells, NOTEBOOK.cells[1:], strict=False)
+        if any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+    ]
+    assert len(drawn) >= 13  # and each with a word on it
+    assert {below.cell_type for _, below in drawn} == {"markdown"}
     assert {shown(cell) for cell in CODE if cell.metadata.get("exercise")} == {"not solved yet"}
     everything = "".join(c.source for c in NOTEBOOK.cells) + "".join(map(shown, CODE))
     assert not re.findall(r"(?<![\w<:/.)])/[\w.-]+/[\w.-]+|\b[A-Z]:\\", everything)  # any system's
