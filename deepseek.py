@@ -958,8 +958,10 @@ class Block(nn.Module):
         """[B, T, D] -> the same shape, with the losses and the load of an MoE layer."""
         x = x + self.self_attn(self.input_layernorm(x), context, layer_cache)
         normed = self.post_attention_layernorm(x)
-        out = self.mlp(normed, no_drop) if self.is_moe else LayerOutput(self.mlp(normed), {}, None)
-        return out._replace(y=x + out.y)
+        if not self.is_moe:
+            return LayerOutput(x + self.mlp(normed), {}, None)
+        y, losses, load = self.mlp(normed, no_drop)
+        return LayerOutput(x + y, losses, load)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -997,6 +999,14 @@ class Decoder(nn.Module):
 
     def forward(self, ids, cache=None, absorb=None, checkpoint_activations=False):
         context = attention_context(self.config, ids, cache, absorb)
+        latents = cache.latents if cache else None
+        out = self.run_layers(ids, context, latents, checkpoint_activations)
+        if cache:
+            cache.lengths = [n + ids.shape[1] for n in cache.lengths]
+        return out
+
+    def run_layers(self, ids, context, latents=None, checkpoint_activations=False):
+        """One layer after the other; latents [L, B, max_length, C] are a cache's."""
         x = self.embed_tokens(ids).float()  # B T D; the sum of many layers can overflow fp16
         dropping = self.training and self.config.token_drop_capacity > 0
         # B; drawn once, so that a sequence is spared by all layers or by none
@@ -1006,15 +1016,21 @@ class Decoder(nn.Module):
             run = layer
             if checkpoint_activations:
                 run = partial(checkpoint, layer, use_reentrant=False)
-            out = run(x, context, no_drop, cache.latents[i] if cache else None)
+            out = run(x, context, no_drop, None if latents is None else latents[i])
             x = out.y
             losses |= {name: losses.get(name, 0.0) + loss for name, loss in out.losses.items()}
             if out.load is not None:
                 loads.append(out.load)
-        if cache:
-            cache.lengths = [n + ids.shape[1] for n in cache.lengths]
         load = torch.stack(loads) if loads else x.new_zeros(0, self.config.n_routed_experts)
         return self.norm(x), losses, load
+
+
+class SummedLoss(nn.Module):
+    """The cross-entropy of x [n, D] against targets [n] through a head, summed, in nats. It is a
+    module, though without parameters, to be compiled as the blocks are."""
+
+    def forward(self, head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), targets, reduction="sum")
 
 
 class DeepSeek(nn.Module):
@@ -1029,6 +1045,7 @@ class DeepSeek(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not tied
+        self.summed_loss = SummedLoss()
         self.init_weights()
 
     @torch.no_grad()
@@ -1068,16 +1085,12 @@ class DeepSeek(nn.Module):
         made in chunks of at most 128 MB, discarded, and made again in the backward pass.
         """
         x, targets = x.flatten(0, 1), targets.flatten()  # B*T D, B*T
-        chunk = max(1, 2**25 // self.config.vocab_size)
-
-        def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy((head or self.lm_head)(x).float(), target, reduction="sum")
-
+        head, chunk = head or self.lm_head, max(1, 2**25 // self.config.vocab_size)
         if len(x) <= chunk:
-            total = chunk_loss(x, targets)
+            total = self.summed_loss(head, x, targets)
         else:
-            chunks = zip(x.split(chunk), targets.split(chunk), strict=True)
-            total = sum(checkpoint(chunk_loss, *part, use_reentrant=False) for part in chunks)
+            run = partial(checkpoint, self.summed_loss, head, use_reentrant=False)
+            total = sum(map(run, x.split(chunk), targets.split(chunk)))
         return total / (targets != -100).sum().clamp(min=1)
 
     def num_parameters(self) -> tuple[int, int]:
@@ -1120,8 +1133,8 @@ class DeepSeek(nn.Module):
         the fewest that together reach that probability. A row that has produced `stop` keeps on
         repeating it; the stream ends when all rows have, or when the context is full. Ids from
         vocab_size up (padding of the embedding) are never produced. compiled runs the steps after
-        the prompt through torch.compile: that takes half a minute, twice, and again for each new
-        batch size, but then a CPU no longer waits between hundreds of small operations.
+        the prompt through torch.compile: that takes half a minute, and again for each new batch
+        size, but then no processor waits between hundreds of small operations.
         Raises ValueError for impossible arguments, but only when the first token is requested.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
@@ -1145,28 +1158,49 @@ class DeepSeek(nn.Module):
                 raise ValueError(f"{name} = {value} is out of range")
         if (max_new_tokens := min(max_new_tokens, limit - longest)) <= 0:
             return
-        step = torch.compile(self.model) if compiled else self.model
-        device = self.lm_head.weight.device
-        cache = self.new_cache(len(rows), longest + max_new_tokens)
+        device, room = self.lm_head.weight.device, longest + max_new_tokens
+        if compiled:  # compilation is for one size of the cache: few sizes serve all texts
+            room = min(limit, max(256, 2 ** (room - 1).bit_length()))
+        cache = self.new_cache(len(rows), room)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
         # the cache lies beyond each row's end, unseen, and is overwritten token by token.
-        last = torch.tensor(lengths, device=device) - 1
-        x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), last]  # B D
+        position = torch.tensor(lengths, device=device)  # B: where each row's next token stands
+        x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
+        logits = self.lm_head(x)  # B V
         cache.lengths = lengths
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        token = None
-        for _ in range(max_new_tokens):
-            if token is not None:
-                x = step(token[:, None], cache)[0][:, 0]  # B D
-            logits = self.lm_head(x)[:, :vocab_size].float()  # B V
+        if compiled:
+            torch._dynamo.mark_static_address(cache.latents)  # a graph may write to it in place
+            decode = torch.compile(self.decode, dynamic=False, mode="reduce-overhead")
+        for i in range(1, max_new_tokens + 1):
+            logits = logits[:, :vocab_size].float()  # B V
             token = sample(logits, temperature, top_k, top_p, generator)  # B
             if stop is not None:
                 token = torch.where(done, stop, token)
                 done = done | (token == stop)
             yield token
-            if stop is not None and bool(done.all()):
+            if i == max_new_tokens or stop is not None and bool(done.all()):
                 return
+            if compiled:
+                logits = decode(token, position, cache.latents)  # B V
+                position = position + 1
+            else:
+                logits = self.lm_head(self.model(token[:, None], cache)[0][:, 0])  # B V
+
+    def decode(self, token: Tensor, position: Tensor, latents: Tensor) -> Tensor:
+        """Logits [B, V] after token [B], which stands at position [B] of its row; latents
+        [L, B, S, C] are a cache's, and are written to.
+
+        All S places are attended to, and a mask hides those not yet written. So no shape changes
+        from token to token: torch.compile compiles this once, and a card replays one graph.
+        """
+        place = position[:, None]  # B 1
+        length = latents.shape[2]
+        mask = (torch.arange(length, device=token.device) <= place)[:, None, None]  # B 1 1 S
+        angles = rope_angles(self.config, place)
+        context = AttentionContext(place, *angles, length, mask, absorb=True)
+        return self.lm_head(self.model.run_layers(token[:, None], context, latents)[0][:, 0])
 
 
 def sample(
@@ -1189,7 +1223,9 @@ def sample(
         outside = before >= max(top_p, 1e-6)  # the most probable token stays, whatever top_p is
         drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    # What torch.multinomial draws, but without its checks, for which a card would have to wait.
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / race).argmax(-1)
 
 
 def inference_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

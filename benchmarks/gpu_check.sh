@@ -50,7 +50,7 @@ print(f"{figures}, first step {seconds:.1f} s, then {speed:,.0f} tok/s")
 END
 }
 
-capped() {  # GiB, the name of a new run, flags: trains 1b as typed, with no more of the card
+capped() {  # GiB, the name of a new run, flags: trains 1b with no more of the card
   needs_card
   local cap share figures
   cap=$(python -c "print(int($1 * 2**30))")
@@ -153,10 +153,11 @@ check_compile() {
   train compile --compile on --steps 60
   losses compile
 }
-check_1b_whole() { capped 75 1b_whole --steps 6; }  # for comparison: as much as it likes
-check_1b() { capped 22.5 1b --steps 6; }  # what a card of 24 GB has to give
-check_1b_fp16() { capped 22.5 1b_fp16 --steps 4 --dtype float16; }
-check_1b_low_memory() { capped 14.0 1b_low_memory --low_memory --steps 4; }
+# A long run compiles by itself. First for comparison: as much memory as it likes.
+check_1b_whole() { capped 75 1b_whole --compile on --steps 6; }
+check_1b() { capped 22.5 1b --compile on --steps 6; }  # what a card of 24 GB has to give
+check_1b_fp16() { capped 22.5 1b_fp16 --compile on --steps 4 --dtype float16; }
+check_1b_low_memory() { capped 14.0 1b_low_memory --compile on --low_memory --steps 4; }
 
 check_tests() {
   [[ -f tests/test_device.py ]] || skip "there is no tests/test_device.py"

@@ -45,11 +45,12 @@ from common.runtime import (
     parse_flags,
     run_script,
 )
-from common.trainer import make_optimizer
+from common.trainer import compiled_parts, make_optimizer
 from deepseek import Config, DeepSeek
 
 BATCHES = {"tiny": (8, 256), "small": (8, 512), "1b": (4, 1024)}  # rows, tokens of each
-TRAINED = {"cpu": ["tiny"], "mps": ["tiny"], "cuda": list(BATCHES)}  # against transformers
+ON_A_CARD = 8  # times as many rows, where memory is not what is measured
+TRAINED = {"cpu": ["tiny"], "mps": ["tiny"], "cuda": list(BATCHES)}
 NEW_TOKENS = 100
 # Sizes, whether as with --low_memory, and to how many GiB a card is capped.
 MEMORY = [("tiny", False, None), ("small", False, None), ("1b", False, 22.5), ("1b", True, 14.0)]
@@ -95,7 +96,7 @@ def note(what: str, error: Exception) -> None:
 
 def print_row(*cells: str) -> None:
     """A row of the table, in Markdown."""
-    print("| {:<20} | {:<32} | {:<35} | {:<35} |".format(*cells), flush=True)
+    print("| {:<20} | {:<32} | {:<43} | {:<43} |".format(*cells), flush=True)
 
 
 def print_ratios(
@@ -111,11 +112,12 @@ def print_ratios(
 
 
 OURS, THEIRS, DENSE = "deepseek.py", "transformers", "dense, as many active"
+OURS_COMPILED, DENSE_COMPILED = f"{OURS} compiled", f"{DENSE}, compiled"
 PEERS = [
     (OURS, THEIRS),
-    (f"{OURS} compiled", f"{THEIRS} compiled"),
-    (f"{OURS} compiled", THEIRS),
-    (f"{OURS} compiled", OURS),
+    (OURS_COMPILED, f"{THEIRS} compiled"),
+    (OURS_COMPILED, THEIRS),
+    (OURS_COMPILED, OURS),
 ]
 
 
@@ -124,7 +126,7 @@ def peers(model: DeepSeek, build: Callable[..., Callable]) -> dict[str, Callable
     twin = functools.cache(lambda: transformers_twin(model))
     return {
         OURS: lambda: build(model),
-        f"{OURS} compiled": lambda: build(model, compiled=True),
+        OURS_COMPILED: lambda: build(model, compiled=True),
         THEIRS: lambda: build(twin()),
         f"{THEIRS} compiled": lambda: build(twin(), compiled=True),
     }
@@ -156,6 +158,12 @@ def dense_twin(config: Config, equal: str = "active") -> Config:
     return replace(dense, intermediate_size=1 + more)
 
 
+def new_model(config: Config, device: torch.device) -> DeepSeek:
+    """A model with random weights, made on the device."""
+    with device:
+        return DeepSeek(config)
+
+
 def random_ids(config: Config, rows: int, length: int, device: torch.device) -> Tensor:
     """Random ids [rows, length]."""
     return torch.randint(2, config.vocab_size, (rows, length), device=device)
@@ -169,15 +177,20 @@ def random_ids(config: Config, rows: int, length: int, device: torch.device) -> 
 def training_step(
     model: torch.nn.Module, ids: Tensor, dtype: torch.dtype, compiled: bool = False
 ) -> Callable[[], None]:
-    """A whole step of our model or of transformers': forward, backward, clipping, AdamW. Weights in
-    bf16 are trained as train.py --low_memory trains them."""
+    """A whole step of our model or of transformers': forward, backward, clipping, AdamW. Ours is
+    compiled as train.py does it, and weights in bf16 are trained as with its --low_memory."""
     low_memory = next(model.parameters()).dtype == torch.bfloat16
-    optimizer = make_optimizer(model.to(ids.device).train(), 1e-4, 0.1, 0.95, low_memory)
-    forward = torch.compile(model) if compiled else model
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    optimizer = make_optimizer(model.to(ids.device).train(), 1e-4, 0.1, 0.95, low_memory, compiled)
+    forward, inputs, targets = model, ids[:, :-1], ids[:, 1:]
+    if compiled and isinstance(model, DeepSeek):
+        for part in compiled_parts(model):
+            part.compile(dynamic=False)
+    elif compiled:
+        forward = torch.compile(model)
+    stance = "default" if compiled else "force_eager"  # the same model may be measured both ways
 
     def step() -> None:
-        with autocast(ids.device, dtype):
+        with torch.compiler.set_stance(stance), autocast(ids.device, dtype):
             if isinstance(model, DeepSeek):
                 out = forward(inputs, targets, checkpoint_activations=low_memory)
                 loss = out.loss + out.aux_loss
@@ -192,19 +205,27 @@ def training_step(
 
 
 def train(device: torch.device, rounds: int) -> None:
-    """Steps against transformers, and against a dense model of as many active parameters; in the
-    dtype that train.py takes, and on a CPU in fp32 too."""
-    dtype = choose_dtype("auto", device)
-    dtypes = dict.fromkeys([torch.float32, dtype] if device.type == "cpu" else [dtype])
+    """Steps against transformers (on a card of tiny alone, and eager), and against a dense model of
+    as many active parameters; in the dtype that train.py takes, and on a CPU in fp32 too."""
+    dtype, cuda = choose_dtype("auto", device), device.type == "cuda"
+    dtypes = dict.fromkeys([dtype] if cuda else [torch.float32, dtype])
     for size, dtype in itertools.product(TRAINED[device.type], dtypes):
         config, (rows, length) = Config.preset(size), BATCHES[size]
+        rows *= ON_A_CARD if cuda else 1
         ids = random_ids(config, rows, length + 1, device)
         step = functools.partial(training_step, ids=ids, dtype=dtype)
-        contenders = peers(DeepSeek(config), step)
-        contenders[DENSE] = functools.partial(step, DeepSeek(dense_twin(config)))
+        contenders = peers(new_model(config, device), step)
+        if cuda:
+            del contenders[f"{THEIRS} compiled"]
+        if cuda and size != "tiny":
+            del contenders[THEIRS]
+        dense = new_model(dense_twin(config), device)
+        contenders[DENSE] = functools.partial(step, dense)
+        contenders[DENSE_COMPILED] = functools.partial(step, dense, compiled=True)
         seconds = interleave(contenders, device, rounds)
-        what = f"train {size}, {str(dtype).removeprefix('torch.')}"
-        print_ratios(what, rows * length, seconds, [*PEERS, (OURS, DENSE)])
+        what = f"train {size}, {rows} x {length}, {str(dtype).removeprefix('torch.')}"
+        pairs = [*PEERS, (OURS, DENSE), (OURS_COMPILED, DENSE_COMPILED)]
+        print_ratios(what, rows * length, seconds, pairs)
 
 
 def decoding(model: Any, prompt: Tensor, compiled: bool = False) -> Callable[[], Any]:
@@ -222,11 +243,18 @@ def decoding(model: Any, prompt: Tensor, compiled: bool = False) -> Callable[[],
 
 
 def decode(device: torch.device, rounds: int) -> None:
-    """Greedy decoding of tiny, one sequence, against transformers."""
-    model = DeepSeek(Config.preset("tiny"))
-    prompt = random_ids(model.config, 1, 16, device)
-    seconds = interleave(peers(model, functools.partial(decoding, prompt=prompt)), device, rounds)
-    print_ratios("decode tiny, one sequence", NEW_TOKENS, seconds, PEERS)
+    """Greedy decoding of one sequence of tiny against transformers, and of sixteen; on a card of 1b
+    in bf16 too."""
+    cases = [("tiny", 1), ("tiny", 16), ("1b", 1), ("1b", 16)]
+    for size, rows in cases if device.type == "cuda" else cases[:2]:
+        model = new_model(Config.preset(size), device)
+        model = model.bfloat16() if size == "1b" else model
+        prompt = random_ids(model.config, rows, 16, device)
+        contenders = peers(model, functools.partial(decoding, prompt=prompt))
+        if (size, rows) != ("tiny", 1):
+            contenders = {name: contenders[name] for name in (OURS, OURS_COMPILED)}
+        seconds = interleave(contenders, device, rounds)
+        print_ratios(f"decode {size}, {rows} at once", rows * NEW_TOKENS, seconds, PEERS)
 
 
 def context(device: torch.device, rounds: int) -> None:
@@ -255,7 +283,7 @@ def context(device: torch.device, rounds: int) -> None:
 
 def batch(device: torch.device, rounds: int) -> None:
     """Sixteen prompts of different lengths at once, against one after the other."""
-    model = DeepSeek(Config.preset("tiny")).to(device).eval()
+    model = new_model(Config.preset("tiny"), device).eval()
     ids = random_ids(model.config, 16, 100, device).tolist()
     prompts = [row[: 5 + 6 * i] for i, row in enumerate(ids)]
 

@@ -75,15 +75,18 @@ def run_script(main: Callable[[], None]) -> None:
         leave(f"{what} Take less at a time: more --grad_accum, a shorter --seq_len or prompt.")
     except OSError as error:  # a disk that is full, or fails
         leave(first_line(error))
-    except RuntimeError as error:
+    except Exception as error:
         if not is_compile_error(error):
             raise
         leave(f"torch.compile fails here ({first_line(error)}): leave --compile out")
 
 
 def is_compile_error(error: Exception) -> bool:
-    """Whether torch.compile has failed, not what it compiles."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    """Whether torch.compile has failed, not what it compiles: the exception is of its kind, or was
+    raised within it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    places = type(error).__module__, *(f.f_globals.get("__name__", "") for f in frames[-1:])
+    return any(place.startswith(("torch._dynamo", "torch._inductor")) for place in places)
 
 
 def first_line(error: Exception) -> str:

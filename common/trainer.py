@@ -221,6 +221,12 @@ def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
     return device.type in ("cpu", "cuda"), "--compile off leaves it out"
 
 
+def compiled_parts(model: DeepSeek) -> list[torch.nn.Module]:
+    """What is compiled, each by itself: three graphs serve the dense blocks, the MoE blocks, and
+    the loss."""
+    return [*model.model.layers, model.summed_loss]
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
     if step < warmup:
@@ -388,8 +394,8 @@ class Trainer:
         if self.compiled:
             kernels = cache_folder(self.out) / "kernels"
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
-            for layer in model.model.layers:  # two graphs serve all: dense blocks and MoE blocks
-                layer.compile(dynamic=None if "ckpt" in vars(options) else False)
+            for part in compiled_parts(model):
+                part.compile(dynamic=None if "ckpt" in vars(options) else False)
         is_sharded = getattr(options, "fsdp", False)
         if is_sharded:  # before it moves: the whole may not fit on the device
             mesh = init_device_mesh(device.type, (world_size(),))  # not that of a card beside
@@ -555,11 +561,11 @@ class Trainer:
             self.forward_backward(self.model, inputs, targets, 1)
             seconds = time.perf_counter() - began
             say(self.options, f"compile  the blocks, in {seconds:.0f} s ({self.why})")
-        except RuntimeError as error:
+        except Exception as error:
             if not is_compile_error(error):
                 raise
-            for layer in self.model.model.layers:
-                layer._compiled_call_impl = None  # what layer.compile() has set
+            for part in compiled_parts(self.model):
+                part._compiled_call_impl = None  # what part.compile() has set
             self.options = replace(self.options, compile="off")
             say(self.options, f"compile  fails here, goes on without: {first_line(error)}")
         self.optimizer.zero_grad()

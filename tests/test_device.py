@@ -9,7 +9,7 @@ from conftest import GROUPS, MODEL, YARN, log_of, oracle, random_model, small
 
 from common import runtime
 from common.runtime import UsageError
-from deepseek import DeepSeek, Experts
+from deepseek import DeepSeek, Experts, sample
 
 EVERYTHING = GROUPS | YARN | dict(q_lora_rank=28)
 TRAINING = dict(token_drop_capacity=1.0, comm_loss_alpha=0.02)
@@ -125,6 +125,8 @@ def test_a_prompt_and_a_token_of_decoding_wait_for_nothing(on_meta, overrides):
     cache.lengths = [30, 20]
     for absorb in (True, False):
         assert model(ids[:, :1], cache=cache, absorb=absorb).logits.is_meta
+    logits = model.decode(ids[:, 0], ids[:, 1], cache.latents)
+    assert sample(logits, top_k=5, top_p=0.9).is_meta
 
 
 # --- on the device -------------------------------------------------------------------------------

@@ -568,19 +568,23 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
     torch._dynamo.reset()  # another test's broken graphs are remembered
     graphs, real = [], torch.compile
 
-    def count(graph, _):
-        graphs.append(graph)
+    def count(graph, inputs):
+        graphs.append([tuple(t.shape) for t in inputs])
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda m: real(m, backend=count, fullgraph=True))
-    model = random_model(small(**GROUPS))
-    for more, most in (([], 2), ([7], 3), ([7, 8, 9], 3)):  # after two lengths any will do
+    def compile(function, **options):
+        assert options == dict(dynamic=False, mode="reduce-overhead")
+        return real(function, backend=count, fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = random_model(small(**GROUPS | dict(max_position_embeddings=400)))
+    for more, n, expected in (([], 30, 1), ([7], 31, 1), ([7, 8, 9], 90, 1), ([], 300, 2)):
         longer = [prompt + more for prompt in prompts]
-        n, before = 30 + len(more), len(graphs)
         eager = generated(model, longer, n, temperature=0)
-        assert len(graphs) == before
         assert torch.equal(generated(model, longer, n, temperature=0, compiled=True), eager)
-        assert 1 <= len(graphs) <= most
+        assert len(graphs) == expected  # for each size of the cache one
+    caches = [[shape for shape in shapes if len(shape) == 4] for shapes in graphs]
+    assert caches == [[(3, len(prompts), room, 28)] for room in (256, 400)]
 
 
 def test_stop_repeats_itself_and_ends_the_stream():
