@@ -532,9 +532,9 @@ class MLA(nn.Module):
     ) -> Tensor:
         """x [B, T, D]; layer_cache [B, max_length, C] is this layer's cache, and is written to."""
         q_nope, q_pe = self.query(x, context)
-        latent, k_pe = self.memory(x, context, layer_cache)
+        memory = self.memory(x, context, layer_cache)  # B S C
         attend = self.absorbed if context.absorb else self.expanded
-        out = attend(q_nope, q_pe, latent, k_pe, context.mask)  # B T H dv
+        out = attend(q_nope, q_pe, memory, context.mask)  # B T H dv
         return self.o_proj(out.flatten(2))  # B T D
 
     def query(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -548,28 +548,28 @@ class MLA(nn.Module):
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         return q_nope, apply_rotary_emb(q_pe, context.cos, context.sin)
 
-    def memory(self, x: Tensor, context: AttentionContext, layer_cache: Tensor | None):
-        """What is attended to, c [B, S, R] and k_pe [B, S, dr]: those of the tokens x, preceded by
-        those in the cache, if there is one. The new ones are written to the cache."""
-        latent, k_pe = self.compress(x, context)
+    def memory(self, x: Tensor, context: AttentionContext, layer_cache: Tensor | None) -> Tensor:
+        """What is attended to, [B, S, C]: the tokens x, preceded by those in the cache, if there is
+        one. The new ones are written to the cache."""
+        entry = self.compress(x, context)  # B T C
         if layer_cache is None:
-            return latent, k_pe
+            return entry
         row = torch.arange(len(x), device=x.device)[:, None]
-        new = torch.cat([latent, k_pe], -1).detach()  # gradients do not flow through a cache
-        layer_cache[row, context.positions] = new.to(layer_cache.dtype)
-        held = layer_cache[:, : context.length].to(latent.dtype)  # B S C
-        return held.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        entry = entry.detach()  # gradients do not flow through a cache
+        layer_cache[row, context.positions] = entry.to(layer_cache.dtype)
+        return layer_cache[:, : context.length].to(entry.dtype)
 
-    def compress(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Exactly what is cached for each token: c [B, T, R] and k_pe [B, T, dr]."""
+    def compress(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Exactly what is cached for each token: c, and beside it k_pe, [B, T, C]."""
         widths = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
         latent, k_pe = self.kv_a_proj_with_mqa(x).split(widths, -1)  # B T R, B T dr
         k_pe = apply_rotary_emb(k_pe.unsqueeze(2), context.cos, context.sin).squeeze(2)
-        return self.kv_a_layernorm(latent), k_pe
+        return torch.cat([self.kv_a_layernorm(latent), k_pe], -1)
 
-    def expanded(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
+    def expanded(self, q_nope, q_pe, memory, mask) -> Tensor:
         """Attention as the paper writes it: every head's keys and values are built."""
         c = self.config
+        latent, k_pe = memory.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))  # B S H dn+dv
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # B S H dn, B S H dv
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)  # B S H dr
@@ -593,7 +593,7 @@ class MLA(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return out[..., : c.v_head_dim].transpose(1, 2)  # B H T dv -> B T H dv
 
-    def absorbed(self, q_nope, q_pe, latent, k_pe, mask) -> Tensor:
+    def absorbed(self, q_nope, q_pe, memory, mask) -> Tensor:
         """The same attention in latent space ([V2] 2.1.2): no key or value is ever built."""
         c = self.config
         B, T, H = q_nope.shape[:3]
@@ -602,13 +602,15 @@ class MLA(nn.Module):
         w = self.kv_b_proj.weight.unflatten(0, (H, -1))  # H dn+dv R
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
         q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
-        # All heads read one memory, so H heads of T queries act as one head of H*T queries.
-        scores = q_latent.flatten(1, 2) @ latent.mT  # B H*T S
-        scores = scores + q_pe.transpose(1, 2).flatten(1, 2) @ k_pe.mT  # B H*T S
+        q = torch.cat([q_latent, q_pe.transpose(1, 2)], -1)  # B H T C
+        # All heads read one memory, so H heads of T queries act as one head of H*T queries. What
+        # is cached of a token is its key, and c alone its value.
+        scores = q.flatten(1, 2) @ memory.mT  # B H*T S
         scores = scores.float().unflatten(1, (H, T))  # B H T S
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         probs = scores.softmax(-1).to(q_latent.dtype)
+        latent = memory[..., : c.kv_lora_rank]  # B S R
         out = (probs.flatten(1, 2) @ latent).unflatten(1, (H, T))  # B H T R
         return (out @ w_uv.mT).transpose(1, 2)  # B H T R, H R dv -> B T H dv
 
@@ -785,6 +787,11 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 
 
+def empty_or_zeros(x: Tensor, size: int, filled: int) -> Tensor:
+    """[size, D] for as many rows, of which `filled` are about to be filled; others must be 0."""
+    return (x.new_empty if filled == size else x.new_zeros)(size, x.shape[1])
+
+
 class Dispatch(torch.autograd.Function):
     """Copies each row of x [N, D] to K rows of the result [size, D]: those in place [N*K], all
     different; other rows are zeros. So the backward pass can gather, while torch, not knowing that
@@ -794,9 +801,8 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, place: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(place)
         ctx.copies = len(place) // len(x)
-        return x.new_zeros(size, x.shape[1]).index_copy_(
-            0, place, x.repeat_interleave(ctx.copies, 0)
-        )
+        rows = empty_or_zeros(x, size, len(place))
+        return rows.index_copy_(0, place, x.repeat_interleave(ctx.copies, 0))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -816,7 +822,8 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, place, grad), None
+        rows = empty_or_zeros(grad, ctx.size, len(place))
+        return rows.index_copy_(0, place, grad), None
 
 
 class Experts(nn.Module):
@@ -838,7 +845,10 @@ class Experts(nn.Module):
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
         elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
-            run = torch.compiler.disable(run)  # torch.compile traces grouped_mm in bf16 only
+            # torch.compile traces grouped_mm in bf16 only. A break would cost decoding more than
+            # some copies of experts.
+            few = index.numel() <= 8 * len(self.gate_up_proj)
+            run = self.gathered if few else torch.compiler.disable(run)
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
@@ -1131,10 +1141,11 @@ class DeepSeek(nn.Module):
 
         temperature 0 takes the most probable token. top_k keeps the k most probable tokens, top_p
         the fewest that together reach that probability. A row that has produced `stop` keeps on
-        repeating it; the stream ends when all rows have, or when the context is full. Ids from
-        vocab_size up (padding of the embedding) are never produced. compiled runs the steps after
-        the prompt through torch.compile: that takes half a minute, and again for each new batch
-        size, but then no processor waits between hundreds of small operations.
+        repeating it; the stream ends when all rows have (on a card up to seven tokens later), or
+        when the context is full. Ids from vocab_size up (padding of the embedding) are never
+        produced. compiled runs the steps after the prompt through torch.compile: that takes half a
+        minute, and again for each new batch size, but then no processor waits between hundreds of
+        small operations.
         Raises ValueError for impossible arguments, but only when the first token is requested.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
@@ -1180,7 +1191,9 @@ class DeepSeek(nn.Module):
                 token = torch.where(done, stop, token)
                 done = done | (token == stop)
             yield token
-            if i == max_new_tokens or stop is not None and bool(done.all()):
+            # A card would have to stop for the answer, so it is asked after every eighth token.
+            look = stop is not None and (device.type == "cpu" or i % 8 == 0)
+            if i == max_new_tokens or look and bool(done.all()):
                 return
             if compiled:
                 logits = decode(token, position, cache.latents)  # B V

@@ -45,7 +45,7 @@ from common.runtime import (
     parse_flags,
     run_script,
 )
-from common.trainer import compiled_parts, make_optimizer
+from common.trainer import compile_parts, make_optimizer
 from deepseek import Config, DeepSeek
 
 BATCHES = {"tiny": (8, 256), "small": (8, 512), "1b": (4, 1024)}  # rows, tokens of each
@@ -183,8 +183,7 @@ def training_step(
     optimizer = make_optimizer(model.to(ids.device).train(), 1e-4, 0.1, 0.95, low_memory, compiled)
     forward, inputs, targets = model, ids[:, :-1], ids[:, 1:]
     if compiled and isinstance(model, DeepSeek):
-        for part in compiled_parts(model):
-            part.compile(dynamic=False)
+        compile_parts(model)
     elif compiled:
         forward = torch.compile(model)
     stance = "default" if compiled else "force_eager"  # the same model may be measured both ways

@@ -92,7 +92,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
     Raises UsageError."""
     for path in files:
         texts = txt_documents(path)
-        if path.suffix.lower() != ".txt":
+        if path.suffix.lower() in (".json", ".jsonl"):
             texts = (text for (text,) in read_rows(path, 'a "text"', lambda row: [row["text"]]))
         try:
             yield from filter(None, map(str.strip, texts))

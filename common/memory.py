@@ -167,12 +167,14 @@ def adamw_update(
     m32 = g + beta1 * (m.float() - g)
     v32 = g * g + beta2 * (v.float() - g * g)
     w = w - decay * w - lr * m32 / ((v32 / correction).sqrt() + 1e-8)
+    # One noise serves all three: each is right in the mean, and drawing it takes the most time.
+    noise = torch.randint(0, 2**16, p.shape, dtype=torch.int32, device=p.device)
     for stored, exact in ((p, w), (m, m32), (v, v32)):
-        stored.copy_(round_at_random(exact))
+        stored.copy_(round_at_random(exact, noise))
 
 
-def round_at_random(x: Tensor) -> Tensor:
-    """fp32 to one of the two nearest bf16, with chances that keep the mean. [n] -> [n]."""
+def round_at_random(x: Tensor, noise: Tensor) -> Tensor:
+    """fp32 to one of the two nearest bf16, with chances that keep the mean, where noise is uniform
+    in [0, 65536). [n] -> [n]."""
     # bf16 is the upper half of fp32's bits: what is added to the lower half carries over or not.
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
     return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()

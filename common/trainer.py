@@ -227,6 +227,14 @@ def compiled_parts(model: DeepSeek) -> list[torch.nn.Module]:
     return [*model.model.layers, model.summed_loss]
 
 
+def compile_parts(model: DeepSeek, dynamic: bool | None = False) -> None:
+    """torch.compile for them, in place; dynamic: whether shapes change, None = find out."""
+    # Sums over the K experts of a token are written out: as reductions they take thrice as long.
+    options = {"unroll_reductions_threshold": 17}
+    for part in compiled_parts(model):
+        part.compile(dynamic=dynamic, options=options)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
     if step < warmup:
@@ -394,8 +402,7 @@ class Trainer:
         if self.compiled:
             kernels = cache_folder(self.out) / "kernels"
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
-            for part in compiled_parts(model):
-                part.compile(dynamic=None if "ckpt" in vars(options) else False)
+            compile_parts(model, dynamic=None if "ckpt" in vars(options) else False)
         is_sharded = getattr(options, "fsdp", False)
         if is_sharded:  # before it moves: the whole may not fit on the device
             mesh = init_device_mesh(device.type, (world_size(),))  # not that of a card beside
