@@ -58,6 +58,7 @@ from deepseek import DeepSeek
 
 SAVE_MINUTES = 15  # a checkpoint is never older
 DRAW_MINUTES = 1  # between two drawings of the curves
+SMALL_PIECE = 8192  # tokens; for less, a card spends its time on starting operations
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
@@ -498,7 +499,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         while (got := self.forward_backward(self.forward, inputs, targets)) is None:
-            if world_size() > 1 or not self.cut_finer():  # the others have gone on to exchange
+            if world_size() > 1 or not self.take_less():  # the others have gone on to exchange
                 raise UsageError(self.too_large())
         return self.finish_step(lr, *got, inputs.numel(), began)
 
@@ -543,7 +544,7 @@ class Trainer:
         return None
 
     def fit_memory(self, inputs: Tensor, targets: Tensor) -> None:
-        """Cut batches so finely that a step fits on a card, by trying two pieces of one, with the
+        """Take so little at a time that a step fits on a card, by trying two pieces, with the
         optimizer's moments in place. Afterwards everything is as it was. Raises UsageError."""
         while True:
             state, failed = random_state(self.device), False
@@ -558,7 +559,7 @@ class Trainer:
             set_random_state(self.device, state)
             if not self.agree(failed):
                 break
-            if not self.cut_finer():
+            if not self.take_less():
                 raise UsageError(self.too_large())
 
     def compile_now(self, inputs: Tensor, targets: Tensor) -> None:
@@ -593,17 +594,18 @@ class Trainer:
                 if "step" in self.optimizer.state[p]:
                     self.optimizer.state[p]["step"].zero_()
 
-    def cut_finer(self) -> bool:
-        """Cut batches into the next larger number of pieces, at last keep fewer activations; False
-        where nothing is left."""
+    def take_less(self) -> bool:
+        """Cut batches into the next larger number of pieces, down to SMALL_PIECE; then keep fewer
+        activations, in few pieces first. False where nothing is left."""
         options = self.options
-        more = [n for n in numbers_of_pieces(options.batch_size) if n > options.grad_accum]
-        if more:
-            self.options = replace(options, grad_accum=more[0])
-        elif not options.checkpoint_activations:
-            self.options = replace(options, checkpoint_activations=True)
-        else:
+        pieces = numbers_of_pieces(options.batch_size)
+        tokens = options.batch_size * options.seq_len // world_size()
+        ways = [(False, n) for n in pieces if tokens // n >= SMALL_PIECE]
+        ways += [(True, n) for n in pieces]
+        left = [way for way in ways if way > (options.checkpoint_activations, options.grad_accum)]
+        if not left:
             return False
+        self.options = replace(options, checkpoint_activations=left[0][0], grad_accum=left[0][1])
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         names = "grad_accum", "checkpoint_activations"

@@ -61,17 +61,23 @@ class Card:
         return self.model.state_dict()
 
 
+@pytest.fixture
+def any_piece(monkeypatch):
+    """Pieces of a single row are not too small."""
+    monkeypatch.setattr(trainer, "SMALL_PIECE", 12)
+
+
 @pytest.mark.parametrize(
     "strikes, pieces, less",
     [
         (lambda rows, calls, less: rows > 4, 2, False),
         (lambda rows, calls, less: rows > 2, 4, False),  # also in evaluations, of six rows
         (lambda rows, calls, less: calls == 3, 2, False),  # after the evaluation, a second piece
-        (lambda rows, calls, less: rows > 1 or less is False, 8, True),
+        (lambda rows, calls, less: rows > 2 or less is False, 4, True),
     ],
 )
 def test_what_does_not_fit_is_cut_finer_to_the_bits_of_as_many_pieces(
-    strikes, pieces, less, tmp_path
+    strikes, pieces, less, tmp_path, any_piece
 ):
     card = Card(tmp_path / "a", grad_accum=1)
     card.fails(strikes)
@@ -88,11 +94,28 @@ def test_what_does_not_fit_is_cut_finer_to_the_bits_of_as_many_pieces(
     assert [r["step"] for r in records if "step" in r] == [1, 2, 3, 4]
 
 
-def test_a_step_that_outgrows_the_memory_later_is_taken_again_in_more_pieces(tmp_path):
+def test_before_pieces_are_small_fewer_activations_are_kept(tmp_path, monkeypatch):
+    def ways(**flags):
+        run = Card(tmp_path / str(len(list(tmp_path.iterdir()))), **flags).run
+        found = []
+        while run.take_less():
+            found.append((run.options.grad_accum, run.options.checkpoint_activations))
+        return found
+
+    checkpointed = [(n, True) for n in (1, 2, 4, 8)]
+    monkeypatch.setattr(trainer, "SMALL_PIECE", 24)  # of a batch of 8 x 12 a quarter
+    assert ways() == [(2, False), (4, False), *checkpointed]
+    assert ways(grad_accum=4) == checkpointed
+    assert ways(grad_accum=2, checkpoint_activations=True) == checkpointed[2:]
+    monkeypatch.setattr(trainer, "SMALL_PIECE", 1000)
+    assert ways() == checkpointed
+
+
+def test_a_step_that_outgrows_the_memory_later_is_taken_again_in_more_pieces(tmp_path, any_piece):
     card, by_hand = (Card(tmp_path / name, grad_accum=2) for name in "ab")
     torch.manual_seed(7)
     expected = [by_hand.run.train_step(*batch_at(step))[0]["loss"] for step in range(2)]
-    assert by_hand.run.cut_finer()
+    assert by_hand.run.take_less()
     expected += [by_hand.run.train_step(*batch_at(step))[0]["loss"] for step in range(2, 4)]
     card.fails(lambda rows, calls, less: calls == 6)  # the second piece of the third step
     torch.manual_seed(7)
