@@ -114,6 +114,23 @@ def test_two_processes_train_to_the_weights_and_the_log_of_one(runs, one, two):
     assert last.keys() > {"communication_balance", "grad_norm", "val_loss", "expert_load"}
 
 
+@pytest.mark.slow  # compiles for a minute or two
+def test_two_processes_with_compiled_blocks_train_to_the_weights_of_one(runs, corpus):
+    ways = ["", "--fsdp", "--fsdp --checkpoint_activations --grad_accum 2"]
+    lines = [
+        f"{TRAIN} --data {corpus} --steps 8 --compile on {how} --out compiled{i}"
+        for i, how in enumerate(ways)
+    ]
+    process = torchrun(runs, runs / "several.py", json.dumps(lines))
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    for i in range(len(ways)):
+        assert log_of(runs / f"compiled{i}")[0]["args"]["compile"] == "on"
+        state = torch.load(runs / f"compiled{i}" / "ckpt.pt", weights_only=True)
+        assert state["args"]["compile"] == "on"  # it has not failed on the way
+        check_same(runs / "one", runs / f"compiled{i}")
+
+
 @pytest.mark.parametrize("name", TUNE)
 def test_two_processes_fine_tune_to_the_adapter_of_one(runs, name):
     # B starts at zero, so its first steps are Adam's: the sign of a gradient, however small

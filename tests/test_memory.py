@@ -234,11 +234,12 @@ def test_rounding_at_random_is_right_in_the_mean_and_takes_a_neighbour():
     assert torch.equal(memory.round_at_random(exact.float(), noise[:1000]), exact)
 
 
-def test_a_step_for_little_memory_is_adamw_in_the_mean():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_for_little_memory_is_adamw_in_the_mean(compiled):
     def optimizer_of(weight, low_memory):
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(weight)
-        return layer.weight, trainer.make_optimizer(layer, 1e-3, 0.5, 0.95, low_memory)
+        return layer.weight, trainer.make_optimizer(layer, 1e-3, 0.5, 0.95, low_memory, compiled)
 
     torch.manual_seed(0)
     start = torch.randn(1, 64).bfloat16()
