@@ -20,7 +20,8 @@ Contents, to be read from top to bottom:
 What differs from Llama is in parts 4, 6 and 7, and YaRN is in part 3. Config fields are those of
 the official config.json, except for three with names of our own. Parameters are named as in the
 official checkpoint, except that there each expert has its own tensors, while here the experts of
-a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's.
+a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's. All that
+is ours is listed in docs/differences.md. Part 1 may be skipped at first, but for Config's fields.
 
 Symbols. Comments at the ends of lines give shapes in these letters.
 
@@ -425,7 +426,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #        1 query over 4,096 keys (decoding)          absorbed 4.6M     expanded 538M
 #        4,096 queries over 4,096 (a prompt)         absorbed 18.8G    expanded 5.9G
 #    Most of the 538M remake all keys and values for each new token; keeping them would undo the
-#    saving. Decoding is also bound by memory reads; absorbed reads 576 numbers per cached token.
+#    saving. Decoding is also bound by memory reads; absorbed reads 576 numbers per cached token,
+#    where stored keys and values of all heads would be 32,768.
 #
 #    Why the key is decoupled. RoPE on k_nope would put a rotation between q and W_UK: with the
 #    query at m and the key at n, the score would be q^T Rot(n - m) W_UK c_n. The absorbed query,
@@ -651,7 +653,8 @@ class MLP(nn.Module):
 #    The softmax covers all experts and precedes the choice, so a weight is the router's confidence
 #    in an expert among all; over the chosen K alone, weights would always sum to one. Eq. 21 has no
 #    factor; the official routed_scaling_factor is 16 in V2 and 1 in V2-Lite. [V2] 3.1.2 says only
-#    that scaling routed experts stabilises training; presumably six of 160 weights sum to little.
+#    that scaling routed experts stabilises training; presumably because six of 160 weights add up
+#    to little.
 #
 #    Device-limited routing ([V2] 2.2.2): the experts form G groups, one per device. A token may use
 #    only the M groups whose best expert scores highest, so it is sent to at most M devices, however
@@ -720,7 +723,8 @@ class Gate(nn.Module):
 # the losses of all layers are added. T is the number of tokens in one sequence, and each loss is
 # averaged over the batch. Limited routing bounds what a device sends; the third loss evens out what
 # devices receive. The paper does not say when a token counts as "sent" to a group; here, when the
-# group is among the M that it may reach. Only the first loss is in the official code.
+# group is among the M that it may reach. V2 uses all three; V2-Lite and the small sizes have one
+# group, and so only the first loss, which is also the only one in the official code.
 
 
 def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
@@ -794,8 +798,8 @@ def empty_or_zeros(x: Tensor, size: int, filled: int) -> Tensor:
 
 class Dispatch(torch.autograd.Function):
     """Copies each row of x [N, D] to K rows of the result [size, D]: those in place [N*K], all
-    different; other rows are zeros. So the backward pass can gather, while torch, not knowing that
-    they differ, would add up scattered rows one by one."""
+    different; other rows are zeros. For `Experts.grouped`. Because all places differ, the backward
+    pass is a plain gather; autograd's own would add up scattered rows one by one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, place: Tensor, size: int) -> Tensor:
@@ -829,7 +833,10 @@ class Collect(torch.autograd.Function):
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: sum_k weights[n, k] * E_{index[n, k]}(x[n]).
 
-    x [N, D], index [N, K], weights [N, K] -> [N, D], for N = B*T tokens.
+    x [N, D], index [N, K], weights [N, K] -> [N, D], for N = B*T tokens. There are three ways, with
+    one result up to rounding: looped, the definition, for any device; grouped, which sorts the
+    assignments by expert, fast for many tokens; gathered, which copies the chosen experts, fast for
+    the few tokens of decoding.
     """
 
     def __init__(self, config: Config):
@@ -845,8 +852,8 @@ class Experts(nn.Module):
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
         elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
-            # torch.compile traces grouped_mm in bf16 only. A break would cost decoding more than
-            # some copies of experts.
+            # torch.compile traces grouped_mm in bf16 only. To leave the compiled graph would cost
+            # decoding more than to copy some experts.
             few = index.numel() <= 8 * len(self.gate_up_proj)
             run = self.gathered if few else torch.compiler.disable(run)
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
@@ -894,9 +901,8 @@ class Experts(nn.Module):
         return (y * weights.unsqueeze(-1)).sum(1)
 
     def gathered(self, x, index, weights, gate_up, down) -> Tensor:
-        """Copies each token's experts side by side: for few tokens, as in decoding, where there are
-        at most as many copies as experts. Nothing is sorted, and torch.compile traces this in any
-        dtype."""
+        """Copies each token's experts side by side: for few tokens, as in decoding. Nothing is
+        sorted, and torch.compile traces this in any dtype."""
         gate, up = (gate_up[index] @ x[:, None, :, None]).squeeze(-1).chunk(2, -1)  # 2 x N K I
         y = (down[index] @ gated(gate, up).unsqueeze(-1)).squeeze(-1)  # N K D
         return (y * weights.unsqueeze(-1)).sum(1)
@@ -1128,6 +1134,8 @@ class DeepSeek(nn.Module):
     #
     #    Prefill: one pass over the prompts writes their latents into the cache.
     #    Decoding: one pass with T = 1 per new token reads the cache, normally in absorbed form.
+    #    Compiled, the cache has one of a few fixed lengths, all of it is read, and a mask hides
+    #    what is not yet written. That is a little more arithmetic, but no shape ever changes.
     # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -1141,11 +1149,11 @@ class DeepSeek(nn.Module):
 
         temperature 0 takes the most probable token. top_k keeps the k most probable tokens, top_p
         the fewest that together reach that probability. A row that has produced `stop` keeps on
-        repeating it; the stream ends when all rows have (on a card up to seven tokens later), or
+        repeating it; the stream ends when all rows have (on a GPU up to seven tokens later), or
         when the context is full. Ids from vocab_size up (padding of the embedding) are never
         produced. compiled runs the steps after the prompt through torch.compile: that takes half a
-        minute, and again for each new batch size, but then no processor waits between hundreds of
-        small operations.
+        minute, and again for each new batch size or length of the cache, but then no processor
+        waits between hundreds of small operations.
         Raises ValueError for impossible arguments, but only when the first token is requested.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
@@ -1174,11 +1182,11 @@ class DeepSeek(nn.Module):
             room = min(limit, max(256, 2 ** (room - 1).bit_length()))
         cache = self.new_cache(len(rows), room)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
-        # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         position = torch.tensor(lengths, device=device)  # B: where each row's next token stands
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
         logits = self.lm_head(x)  # B V
+        # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
+        # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         cache.lengths = lengths
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         if compiled:
@@ -1191,7 +1199,7 @@ class DeepSeek(nn.Module):
                 token = torch.where(done, stop, token)
                 done = done | (token == stop)
             yield token
-            # A card would have to stop for the answer, so it is asked after every eighth token.
+            # A GPU would have to stop for the answer, so it is asked after every eighth token.
             look = stop is not None and (device.type == "cpu" or i % 8 == 0)
             if i == max_new_tokens or look and bool(done.all()):
                 return
@@ -1206,7 +1214,7 @@ class DeepSeek(nn.Module):
         [L, B, S, C] are a cache's, and are written to.
 
         All S places are attended to, and a mask hides those not yet written. So no shape changes
-        from token to token: torch.compile compiles this once, and a card replays one graph.
+        from token to token: torch.compile compiles this once, and a GPU replays one graph.
         """
         place = position[:, None]  # B 1
         length = latents.shape[2]
@@ -1236,7 +1244,8 @@ def sample(
         outside = before >= max(top_p, 1e-6)  # the most probable token stays, whatever top_p is
         drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
-    # What torch.multinomial draws, but without its checks, for which a card would have to wait.
+    # The largest of p_i / Exp(1) is the i-th with probability p_i. torch.multinomial draws the same
+    # way, but with checks for which a GPU would have to wait.
     race = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / race).argmax(-1)
 

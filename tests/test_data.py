@@ -70,6 +70,8 @@ def test_rows_are_read_in_a_list_or_in_lines_whatever_the_file_is_called(tmp_pat
     for name in ("a.json", "a.jsonl", "a.JSON"):
         for content in (json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
             assert documents_of(tmp_path / name, f"\ufeff\n {content}\n") == ["one", "two"]
+    for name in ("LICENSE", "a.md"):  # these are text
+        assert documents_of(tmp_path / name, '["one"]') == ['["one"]']
 
 
 def test_the_words_of_a_text_without_spaces_are_cut_before_they_are_counted(tmp_path):

@@ -442,6 +442,23 @@ def test_balance_losses_are_per_sequence_with_gradients_through_probabilities_on
         close(loss, (grad * scores).sum())
 
 
+@pytest.mark.parametrize("size", [12, 15])  # as on a card, and with rows of padding, as on a CPU
+def test_rows_go_to_their_places_and_back_and_the_rest_is_zero(size, monkeypatch):
+    # what is not written shows, as NaN
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, torch.nan))
+    torch.manual_seed(0)
+    x, y = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, size))
+    place = torch.randperm(size)[:12]
+    rows = deepseek.Dispatch.apply(x, place, size)
+    expected = torch.zeros(size, 5, dtype=torch.float64)
+    for i, row in enumerate(place.tolist()):
+        expected[row] = x[i // 3]
+    assert torch.equal(rows, expected)
+    assert torch.equal(deepseek.Collect.apply(y, place), y[place])
+    assert torch.autograd.gradcheck(lambda x: deepseek.Dispatch.apply(x, place, size), x)
+    assert torch.autograd.gradcheck(lambda y: deepseek.Collect.apply(y, place), y)
+
+
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
     torch.manual_seed(0)
@@ -581,6 +598,8 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
         assert options == dict(dynamic=False, mode="reduce-overhead")
         return real(function, backend=count, fullgraph=True, dynamic=False)
 
+    static = []  # what a graph on a card may write to
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda t: static.append(t.shape))
     monkeypatch.setattr(torch, "compile", compile)
     model = random_model(small(**GROUPS | dict(max_position_embeddings=400)))
     for more, n, expected in (([], 30, 1), ([7], 31, 1), ([7, 8, 9], 90, 1), ([], 300, 2)):
@@ -590,6 +609,7 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
         assert len(graphs) == expected  # for each size of the cache one
     caches = [[shape for shape in shapes if len(shape) == 4] for shapes in graphs]
     assert caches == [[(3, len(prompts), room, 28)] for room in (256, 400)]
+    assert static == [cache for (cache,) in [*3 * caches[:1], caches[1]]]
 
 
 def test_stop_repeats_itself_and_ends_the_stream():
@@ -602,6 +622,14 @@ def test_stop_repeats_itself_and_ends_the_stream():
     assert own > 3 and torch.equal(second[:own], free[1, :own])  # the other row goes on
     alone = generated(model, prompts[:1], 40, temperature=0, stop=stop)
     assert alone.shape[1] == free[0].tolist().index(stop) + 1
+
+
+def test_sampling_draws_what_torch_multinomial_draws():
+    logits = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    for seed in range(5):
+        ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+        expected = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=theirs)[:, 0]
+        assert torch.equal(deepseek.sample(logits, 0.7, generator=ours), expected)
 
 
 def test_sampling_follows_the_distribution_and_its_cuts():

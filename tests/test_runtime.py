@@ -314,16 +314,18 @@ def test_a_model_alone_is_written_small_and_speaks_but_does_not_go_on(run, train
 
 
 def test_sample_hands_its_flags_on(run, trained, monkeypatch):
-    asked = []
+    asked, drawn = [], []
 
     def generate(self, prompts, new, **options):
+        drawn.append(torch.rand(1, generator=options["generator"]).item())
         asked.append((len(prompts[0]), new, options))
         return iter([])
 
     monkeypatch.setattr(DeepSeek, "generate", generate)
     flags = f"--prompt {'x' * 30} --max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
-    for more in ("", " --compile"):
+    for more in (" --seed 1", " --seed 1 --compile"):
         assert run(f"sample --ckpt {trained} {flags}{more}")[0] == 0
+    assert len(set(drawn)) == 1  # a seed gives the same text with and without
     (plain, warm, compiled) = asked  # what is compiled first is what is used then
     for (length, new, options), compile in ((plain, False), (warm, True), (compiled, True)):
         assert (length, new, options.pop("compiled")) == (31, 9, compile)
