@@ -52,7 +52,7 @@ Symbols. Comments at the ends of lines give shapes in these letters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple, get_type_hints
@@ -454,12 +454,12 @@ def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
 class LatentCache:
     """What the model remembers of B sequences; made by `DeepSeek.new_cache`.
 
-    latents [L, B, max_length, C] holds c after its norm and k_pe after its rotation, so that
-    neither is computed twice. lengths holds each row's token count; it lives on the host, where
-    shapes are decided. Lowering a count makes the model forget the tokens beyond it.
+    latents, [B, max_length, C] for each layer, hold c after its norm and k_pe after its rotation,
+    so that neither is computed twice. lengths holds each row's token count; it lives on the host,
+    where shapes are decided. Lowering a count makes the model forget the tokens beyond it.
     """
 
-    latents: Tensor
+    latents: list[Tensor]
     lengths: list[int]
 
 
@@ -489,8 +489,8 @@ def attention_context(
     if end > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise ValueError(f"{end} tokens do not fit: the model's context ends at {limit}")
-    if cache and end > cache.latents.shape[2]:
-        raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents.shape[2]}")
+    if cache and end > cache.latents[0].shape[1]:
+        raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents[0].shape[1]}")
     positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
     ragged = start + T < end  # rows of different length
     if ragged:
@@ -500,10 +500,16 @@ def attention_context(
         absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
     if ragged or (T > 1 and (T < end or absorb)):
-        # Key j lies at position j of its row, so this one line handles causality, the offset of a
-        # chunk, and the places that a shorter row has not written yet.
-        mask = (torch.arange(end, device=ids.device) <= positions[..., None]).unsqueeze(1)
+        mask = visible(positions, end)
     return AttentionContext(positions, *rope_angles(config, positions), end, mask, absorb)
+
+
+def visible(positions: Tensor, length: int) -> Tensor:
+    """Which of the first `length` places of its row a token at positions [B or 1, T] sees:
+    [B or 1, 1, T, length]."""
+    # Key j lies at position j of its row, so this one line handles causality, the offset of a
+    # chunk, and the places that a shorter row has not written yet.
+    return (torch.arange(length, device=positions.device) <= positions[..., None]).unsqueeze(1)
 
 
 class MLA(nn.Module):
@@ -791,6 +797,11 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 
 
+# How many times as many experts as there are may be copied in compiled decoding. That costs less
+# than to leave the compiled graph, or than a product for each expert.
+FEW = 8
+
+
 def empty_or_zeros(x: Tensor, size: int, filled: int) -> Tensor:
     """[size, D] for as many rows, of which `filled` are about to be filled; others must be 0."""
     return (x.new_empty if filled == size else x.new_zeros)(size, x.shape[1])
@@ -851,11 +862,10 @@ class Experts(nn.Module):
         run = self.grouped if can_group else self.looped
         if index.numel() <= len(self.gate_up_proj):
             run = self.gathered
+        elif torch.compiler.is_compiling() and index.numel() <= FEW * len(self.gate_up_proj):
+            run = self.gathered
         elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
-            # torch.compile traces grouped_mm in bf16 only. To leave the compiled graph would cost
-            # decoding more than to copy some experts.
-            few = index.numel() <= 8 * len(self.gate_up_proj)
-            run = self.gathered if few else torch.compiler.disable(run)
+            run = torch.compiler.disable(run)  # torch.compile traces grouped_mm in bf16 only
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)
 
@@ -1022,7 +1032,7 @@ class Decoder(nn.Module):
         return out
 
     def run_layers(self, ids, context, latents=None, checkpoint_activations=False):
-        """One layer after the other; latents [L, B, max_length, C] are a cache's."""
+        """One layer after the other; latents [B, max_length, C] for each are a cache's."""
         x = self.embed_tokens(ids).float()  # B T D; the sum of many layers can overflow fp16
         dropping = self.training and self.config.token_drop_capacity > 0
         # B; drawn once, so that a sequence is spared by all layers or by none
@@ -1125,8 +1135,9 @@ class DeepSeek(nn.Module):
         """An empty cache for batch_size sequences of up to max_length tokens, in the dtype of
         the weights unless another is given."""
         c, weight = self.config, self.lm_head.weight
-        shape = (c.num_hidden_layers, batch_size, max_length, c.cache_dim)
-        latents = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+        how = dict(dtype=dtype or weight.dtype, device=weight.device)
+        shape = (batch_size, max_length, c.cache_dim)
+        latents = [torch.zeros(shape, **how) for _ in range(c.num_hidden_layers)]
         return LatentCache(latents, [0] * batch_size)
 
     # ------------------------------------------------------------------------------------------
@@ -1135,7 +1146,7 @@ class DeepSeek(nn.Module):
     #    Prefill: one pass over the prompts writes their latents into the cache.
     #    Decoding: one pass with T = 1 per new token reads the cache, normally in absorbed form.
     #    Compiled, the cache has one of a few fixed lengths, all of it is read, and a mask hides
-    #    what is not yet written. That is a little more arithmetic, but no shape ever changes.
+    #    what is not yet written: up to twice the work of attention, but no shape ever changes.
     # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -1185,13 +1196,13 @@ class DeepSeek(nn.Module):
         position = torch.tensor(lengths, device=device)  # B: where each row's next token stands
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
         logits = self.lm_head(x)  # B V
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite: there is nothing to draw from")
         # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
         # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         cache.lengths = lengths
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        if compiled:
-            torch._dynamo.mark_static_address(cache.latents)  # a graph may write to it in place
-            decode = torch.compile(self.decode, dynamic=False, mode="reduce-overhead")
+        decode = self.compiled_decode(cache) if compiled else None
         for i in range(1, max_new_tokens + 1):
             logits = logits[:, :vocab_size].float()  # B V
             token = sample(logits, temperature, top_k, top_p, generator)  # B
@@ -1203,23 +1214,31 @@ class DeepSeek(nn.Module):
             look = stop is not None and (device.type == "cpu" or i % 8 == 0)
             if i == max_new_tokens or look and bool(done.all()):
                 return
-            if compiled:
+            if decode:
                 logits = decode(token, position, cache.latents)  # B V
                 position = position + 1
             else:
                 logits = self.lm_head(self.model(token[:, None], cache)[0][:, 0])  # B V
 
-    def decode(self, token: Tensor, position: Tensor, latents: Tensor) -> Tensor:
-        """Logits [B, V] after token [B], which stands at position [B] of its row; latents
-        [L, B, S, C] are a cache's, and are written to.
+    def compiled_decode(self, cache: LatentCache) -> Callable[..., Tensor]:
+        """`decode` for this cache, compiled; on a GPU it is recorded as a graph of operations,
+        which is replayed without waiting for the host."""
+        for latents in cache.latents:  # a graph may write to them in place
+            torch._dynamo.mark_static_address(latents)
+        # On some GPUs the host has to wait for grouped products, which no graph can record.
+        assigned = len(cache.lengths) * self.config.num_experts_per_tok
+        mode = "reduce-overhead" if assigned <= FEW * self.config.n_routed_experts else None
+        return torch.compile(self.decode, dynamic=False, mode=mode)
+
+    def decode(self, token: Tensor, position: Tensor, latents: list[Tensor]) -> Tensor:
+        """Logits [B, V] after token [B], which stands at position [B] of its row. latents
+        [B, S, C] for each layer are a cache's, and are written to; its lengths stay.
 
         All S places are attended to, and a mask hides those not yet written. So no shape changes
         from token to token: torch.compile compiles this once, and a GPU replays one graph.
         """
-        place = position[:, None]  # B 1
-        length = latents.shape[2]
-        mask = (torch.arange(length, device=token.device) <= place)[:, None, None]  # B 1 1 S
-        angles = rope_angles(self.config, place)
+        place, length = position[:, None], latents[0].shape[1]  # B 1
+        angles, mask = rope_angles(self.config, place), visible(place, length)
         context = AttentionContext(place, *angles, length, mask, absorb=True)
         return self.lm_head(self.model.run_layers(token[:, None], context, latents)[0][:, 0])
 

@@ -66,7 +66,7 @@ class Options(RunOptions):
     target_modules: list[str] = flag(TARGETS, "layers to adapt, by name")
     full: bool = flag(False, "train all weights, without LoRA")
     compile: str = flag(
-        "off", "torch.compile for the blocks: long, as rows are of many lengths", ROUNDING,
+        "off", "torch.compile for blocks and loss: long, as rows are of many lengths", ROUNDING,
         choices=["on", "off"],
     )  # fmt: skip
     rehearsal: int = flag(

@@ -79,6 +79,8 @@ def main() -> None:
     model, tokenizer = open_model(options.ckpt, device, options.dtype)
     if options.lora:
         load_lora(model, options.lora)
+        if options.compile:  # or each token would sum the weights anew
+            merge_lora(model)
     if options.export:
         merge_lora(model)
         path = Path(options.export)
@@ -138,9 +140,9 @@ class Speaker:
         if self.options.compile:
             print("compiling, about half a minute", file=sys.stderr, flush=True)
             rows, state = min(self.options.judge or 1, TOGETHER), self.generator.get_state()
-            for _ in itertools.islice(self.stream([prompt] * rows), 2):
+            for _ in itertools.islice(self.stream([prompt] * rows), 4):  # then a card replays
                 pass
-            self.generator.set_state(state)  # --seed gives the same text as without
+            self.generator.set_state(state)  # --seed draws the same numbers as without
 
     def stream(self, prompts: list[list[int]]) -> Iterator[torch.Tensor]:
         """`DeepSeek.generate` with the flags."""

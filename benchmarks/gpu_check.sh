@@ -18,8 +18,8 @@ BENCH=benchmarks.speed
 RUNS=$OUT/runs  # what one check leaves for the next: resume needs interrupt, others need train
 TORCHINDUCTOR_CACHE_DIR=$OUT/runs/inductor  # a killed check may leave half a file in it
 CHECKS=(  # and the seconds that each may take on a card
-  machine:60 train:120 interrupt:90 resume:120 sample:60 chat:60 score:60 finetune:120 fp16:60
-  compile:120 1b_whole:120 1b:120 1b_fp16:150 1b_low_memory:120 tests:150 bench:150
+  machine:60 train:120 interrupt:90 resume:120 sample:120 chat:60 score:60 finetune:120 fp16:60
+  compile:120 1b_whole:120 1b:120 1b_fp16:150 1b_low_memory:120 tests:180 bench:240
 )
 
 # The last line that a check prints is its key figure, or the reason why it failed or was skipped.
@@ -125,7 +125,10 @@ check_sample() {
   again=$(sample "${flags[@]}")
   [[ $once == "Once upon a time"?* ]] || fail "there is no text: $once"
   [[ $once == "$again" ]] || fail "the same --seed gave two texts: $once | $again"
-  sample "${flags[@]}" --temperature 0
+  once=$(sample "${flags[@]}" --temperature 0)
+  again=$(sample "${flags[@]}" --temperature 0 --compile)
+  [[ $once == "$again" ]] || fail "compiled it says something else: $once | $again"
+  echo "$once"
 }
 
 check_chat() {

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -30,6 +31,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+# On a CPU each number of rows has a kernel of its own, and of those 1,024 are kept by default:
+# contenders in one process must not push out each other's.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
 
 import torch
 from torch import Tensor
@@ -55,7 +60,7 @@ NEW_TOKENS = 100
 # Sizes, whether as with --low_memory, and to how many GiB a card is capped.
 MEMORY = [("tiny", False, None), ("small", False, None), ("1b", False, 22.5), ("1b", True, 14.0)]
 # What is raised where a library, a compiler, memory or /proc is missing.
-FAILURES = (ImportError, OSError, RuntimeError, UsageError)
+FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UsageError)
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
@@ -189,13 +194,14 @@ def training_step(
     stance = "default" if compiled else "force_eager"  # the same model may be measured both ways
 
     def step() -> None:
-        with torch.compiler.set_stance(stance), autocast(ids.device, dtype):
-            if isinstance(model, DeepSeek):
-                out = forward(inputs, targets, checkpoint_activations=low_memory)
-                loss = out.loss + out.aux_loss
-            else:  # it shifts the labels itself
-                loss = forward(input_ids=inputs, labels=inputs, use_cache=False).loss
-        loss.backward()
+        with torch.compiler.set_stance(stance):  # for what is recomputed backward, too
+            with autocast(ids.device, dtype):
+                if isinstance(model, DeepSeek):
+                    out = forward(inputs, targets, checkpoint_activations=low_memory)
+                    loss = out.loss + out.aux_loss
+                else:  # it shifts the labels itself
+                    loss = forward(input_ids=inputs, labels=inputs, use_cache=False).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -204,8 +210,8 @@ def training_step(
 
 
 def train(device: torch.device, rounds: int) -> None:
-    """Steps against transformers (on a card of tiny alone, and eager), and against a dense model of
-    as many active parameters; in the dtype that train.py takes, and on a CPU in fp32 too."""
+    """Steps against transformers (on a card only for tiny, and only eager), and against a dense
+    model of as many active parameters; in train.py's dtype, and on a CPU in fp32 too."""
     dtype, cuda = choose_dtype("auto", device), device.type == "cuda"
     dtypes = dict.fromkeys([dtype] if cuda else [torch.float32, dtype])
     for size, dtype in itertools.product(TRAINED[device.type], dtypes):

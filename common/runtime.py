@@ -82,11 +82,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def is_compile_error(error: Exception) -> bool:
-    """Whether torch.compile has failed, not what it compiles: the exception is of its kind, or was
-    raised within it."""
+    """Whether torch.compile itself has failed, not the code that it made: the exception is of its
+    kind, or was raised within it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = type(error).__module__, *(f.f_globals.get("__name__", "") for f in frames[-1:])
-    return any(place.startswith(("torch._dynamo", "torch._inductor")) for place in places)
+    its_own, made = ("torch._dynamo", "torch._inductor"), "torch._inductor.runtime.compile_tasks"
+    return any(p.startswith(its_own) and not p.startswith(made) for p in places)
 
 
 def first_line(error: Exception) -> str:

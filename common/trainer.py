@@ -34,7 +34,7 @@ from tqdm import tqdm
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.data import IGNORE, EvalSet, cache_folder, encode_with_bos
 from common.formats import lora_state
-from common.memory import LowMemoryAdamW, numbers_of_pieces
+from common.memory import LowMemoryAdamW, adamw_update, numbers_of_pieces
 from common.runlog import Log, draw_curves, rounded
 from common.runtime import (
     DTYPES,
@@ -58,7 +58,7 @@ from deepseek import DeepSeek
 
 SAVE_MINUTES = 15  # a checkpoint is never older
 DRAW_MINUTES = 1  # between two drawings of the curves
-SMALL_PIECE = 8192  # tokens; for less, a card spends its time on starting operations
+SMALL_PIECE = 8192  # tokens of a process; with fewer, a card waits for the CPU
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
@@ -110,7 +110,7 @@ class RunOptions:
         choices=["auto", *DTYPES],
     )  # fmt: skip
     compile: str = flag(
-        "auto", "torch.compile for the blocks; auto: where it works and the run is long", ROUNDING,
+        "auto", "torch.compile for blocks, loss; auto: if it works and the run is long", ROUNDING,
         choices=["auto", "on", "off"],
     )  # fmt: skip
     checkpoint_activations: bool = flag(False, "less memory, slower", ROUNDING)
@@ -212,7 +212,7 @@ def make_optimizer(
 
 
 def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
-    """Whether the blocks go through torch.compile, and why."""
+    """Whether to use torch.compile, and why."""
     if options.compile != "auto":
         return options.compile == "on", "--compile on"
     if (options.minutes or 0) < 3 and (options.steps or 0) < 1000:
@@ -223,14 +223,15 @@ def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
 
 
 def compiled_parts(model: DeepSeek) -> list[torch.nn.Module]:
-    """What is compiled, each by itself: three graphs serve the dense blocks, the MoE blocks, and
-    the loss."""
+    """What is compiled, each by itself: one graph serves the dense blocks, one the MoE blocks, and
+    one the loss (two, if its last chunk is shorter)."""
     return [*model.model.layers, model.summed_loss]
 
 
 def compile_parts(model: DeepSeek, dynamic: bool | None = False) -> None:
     """torch.compile for them, in place; dynamic: whether shapes change, None = find out."""
-    # Sums over the K experts of a token are written out: as reductions they take thrice as long.
+    # Sums of up to 16 numbers, as over the K experts of a token, are written out (by default of up
+    # to 7, and 1b has K = 8). As reductions they take four times as long on an H200.
     options = {"unroll_reductions_threshold": 17}
     for part in compiled_parts(model):
         part.compile(dynamic=dynamic, options=options)
@@ -418,6 +419,7 @@ class Trainer:
         recipe = options.lr, options.weight_decay, options.beta2, low_memory, self.compiled
         self.optimizer = make_optimizer(model, *recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.fewest = options.grad_accum  # pieces
         self.steps = options.steps  # None until --minutes has been measured
         self.step, self.tokens, self.best = 0, 0, math.inf
         self.skipped_steps = 0  # in a row
@@ -548,12 +550,12 @@ class Trainer:
         optimizer's moments in place. Afterwards everything is as it was. Raises UsageError."""
         while True:
             state, failed = random_state(self.device), False
-            try:
-                self.allocate_moments()
-            except torch.OutOfMemoryError:
-                failed = True
             # the bare model: a process that fails must not leave others waiting for its gradients
             with torch.compiler.set_stance("force_eager"):
+                try:
+                    self.allocate_moments()
+                except torch.OutOfMemoryError:
+                    failed = True
                 failed = failed or self.forward_backward(self.model, inputs, targets, 2) is None
             self.optimizer.zero_grad()
             set_random_state(self.device, state)
@@ -568,12 +570,14 @@ class Trainer:
         try:
             self.forward_backward(self.model, inputs, targets, 1)
             seconds = time.perf_counter() - began
-            say(self.options, f"compile  the blocks, in {seconds:.0f} s ({self.why})")
+            say(self.options, f"compile  blocks and loss, in {seconds:.0f} s ({self.why})")
         except Exception as error:
             if not is_compile_error(error):
                 raise
             for part in compiled_parts(self.model):
                 part._compiled_call_impl = None  # what part.compile() has set
+            if isinstance(self.optimizer, LowMemoryAdamW):
+                self.optimizer.update = adamw_update
             self.options = replace(self.options, compile="off")
             say(self.options, f"compile  fails here, goes on without: {first_line(error)}")
         self.optimizer.zero_grad()
@@ -595,13 +599,13 @@ class Trainer:
                     self.optimizer.state[p]["step"].zero_()
 
     def take_less(self) -> bool:
-        """Cut batches into the next larger number of pieces, down to SMALL_PIECE; then keep fewer
-        activations, in few pieces first. False where nothing is left."""
+        """Cut batches into the next larger number of pieces, down to SMALL_PIECE; then recompute
+        activations, in as few pieces as the run began with. False where nothing is left."""
         options = self.options
         pieces = numbers_of_pieces(options.batch_size)
         tokens = options.batch_size * options.seq_len // world_size()
         ways = [(False, n) for n in pieces if tokens // n >= SMALL_PIECE]
-        ways += [(True, n) for n in pieces]
+        ways += [(True, n) for n in pieces if n >= self.fewest]
         left = [way for way in ways if way > (options.checkpoint_activations, options.grad_accum)]
         if not left:
             return False

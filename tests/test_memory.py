@@ -105,7 +105,7 @@ def test_before_pieces_are_small_fewer_activations_are_kept(tmp_path, monkeypatc
     checkpointed = [(n, True) for n in (1, 2, 4, 8)]
     monkeypatch.setattr(trainer, "SMALL_PIECE", 24)  # of a batch of 8 x 12 a quarter
     assert ways() == [(2, False), (4, False), *checkpointed]
-    assert ways(grad_accum=4) == checkpointed
+    assert ways(grad_accum=4) == checkpointed[2:]  # as many at least as were typed
     assert ways(grad_accum=2, checkpoint_activations=True) == checkpointed[2:]
     monkeypatch.setattr(trainer, "SMALL_PIECE", 1000)
     assert ways() == checkpointed

@@ -140,7 +140,7 @@ def test_sizes_are_the_papers_and_shapes_those_of_transformers(name, total, acti
     config = Config.preset(name)
     with torch.device("meta"):
         model, other = DeepSeek(config), oracle(config)
-        assert model.new_cache(1, 1).latents.numel() == cached["mla"]
+        assert sum(t.numel() for t in model.new_cache(1, 1).latents) == cached["mla"]
     assert model.num_parameters() == (total, active)
     assert {kind: config.cache_per_token(kind) for kind in cached} == cached
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, other)]
@@ -252,6 +252,9 @@ def test_the_loss_in_chunks_is_that_of_all_logits_and_keeps_none_of_them():
         with torch.no_grad():
             close(model.cross_entropy(x, targets), whole)
             assert model.cross_entropy(x, torch.full_like(targets, -100)) == 0
+            other = nn.Linear(48, 96)  # as of a second token
+            expected = F.cross_entropy(other(x).flatten(0, 1), targets.flatten())
+            close(model.cross_entropy(x, targets, other), expected)
 
 
 def test_balance_losses_of_all_layers_are_added_by_name_in_training_alone():
@@ -339,12 +342,13 @@ def test_decoding_is_absorbed_and_a_prompt_expanded_whichever_is_cheaper():
 def test_a_cache_has_the_size_and_dtype_asked_for_and_is_not_trained_through():
     model = random_model(small())
     cache = model.new_cache(2, 7, torch.bfloat16)
-    assert cache.latents.dtype == torch.bfloat16 and cache.lengths == [0, 0]
-    assert cache.latents.nbytes == 3 * 2 * 7 * 28 * 2
+    assert cache.latents[0].dtype == torch.bfloat16 and cache.lengths == [0, 0]
+    assert sum(t.nbytes for t in cache.latents) == 3 * 2 * 7 * 28 * 2
     cache = model.new_cache(1, 7)
     model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
-    assert cache.latents.dtype == torch.float32 and not cache.latents.requires_grad
-    assert cache.lengths == [4] and not cache.latents[:, :, 4:].any()
+    latents = torch.stack(cache.latents)  # 3 layers, 1 row
+    assert latents.dtype == torch.float32 and not latents.requires_grad
+    assert cache.lengths == [4] and latents[:, :, :4].all() and not latents[:, :, 4:].any()
 
 
 @torch.no_grad()
@@ -492,10 +496,10 @@ def test_grouped_and_gathered_experts_equal_the_loop(dtype, relative):
         (torch.bfloat16, dict(moe_intermediate_size=20), 22, "looped", "looped", False),
         # 8 experts, 3 for a token: 6 are copied, not 9
         (torch.float32, {}, 2, "gathered", "gathered", True),
-        # grouped_mm is traced in bf16 alone, so up to 64 are copied
+        # compiled, up to 64 are copied; grouped_mm is traced in bf16 alone
         (torch.float32, {}, 3, "grouped", "gathered", True),
-        (torch.float32, {}, 21, "grouped", "gathered", True),
-        (torch.bfloat16, {}, 3, "grouped", "grouped", True),
+        (torch.bfloat16, {}, 21, "grouped", "gathered", True),
+        (torch.float32, {}, 22, "grouped", "grouped", False),
     ],
 )
 def test_experts_run_in_the_way_that_fits_traced_where_that_works(
@@ -594,22 +598,32 @@ def test_decoding_compiles_to_one_graph_that_says_the_same(monkeypatch, prompts)
         graphs.append([tuple(t.shape) for t in inputs])
         return graph
 
-    def compile(function, **options):
-        assert options == dict(dynamic=False, mode="reduce-overhead")
-        return real(function, backend=count, fullgraph=True, dynamic=False)
+    def compile(function, dynamic, mode):
+        assert not dynamic
+        modes.append(mode)
+        return real(function, backend=count, fullgraph=bool(mode), dynamic=False)
 
-    static = []  # what a graph on a card may write to
+    modes, static = [], []  # what a graph on a card may write to
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda t: static.append(t.shape))
     monkeypatch.setattr(torch, "compile", compile)
     model = random_model(small(**GROUPS | dict(max_position_embeddings=400)))
-    for more, n, expected in (([], 30, 1), ([7], 31, 1), ([7, 8, 9], 90, 1), ([], 300, 2)):
+    longest = len(prompts[0])
+    for more, n, expected in (
+        ([], 30, 1), ([7], 31, 1), ([7, 8, 9], 90, 1), ([], 256 - longest, 1), ([], 300, 2)
+    ):  # fmt: skip
         longer = [prompt + more for prompt in prompts]
         eager = generated(model, longer, n, temperature=0)
         assert torch.equal(generated(model, longer, n, temperature=0, compiled=True), eager)
         assert len(graphs) == expected  # for each size of the cache one
-    caches = [[shape for shape in shapes if len(shape) == 4] for shapes in graphs]
-    assert caches == [[(3, len(prompts), room, 28)] for room in (256, 400)]
-    assert static == [cache for (cache,) in [*3 * caches[:1], caches[1]]]
+    caches = [(len(prompts), room, 28) for room in (256, 400)]
+    # one tensor for each of 3 layers: a write to one must not copy the others
+    assert [[t for t in shapes if t[-1:] == (28,)] for shapes in graphs] == [
+        3 * [cache] for cache in caches
+    ]
+    assert static == 4 * 3 * caches[:1] + 3 * caches[1:]
+    assert modes == 5 * ["reduce-overhead"]
+    list(model.generate([[3]] * 22, 2, temperature=0, compiled=True))  # 66 assignments, 8 experts
+    assert modes[5:] == [None]
 
 
 def test_stop_repeats_itself_and_ends_the_stream():

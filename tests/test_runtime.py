@@ -145,12 +145,20 @@ def test_help_tells_of_every_flag_and_its_default(run, script):
     assert {f"--{name}" for name in names - {"bos_token_id", "eos_token_id"}} <= set(out.split())
 
 
-@pytest.mark.parametrize("module, is_theirs", [("torch._dynamo.a", True), ("deepseek", False)])
+@pytest.mark.parametrize(
+    "module, is_theirs",
+    [
+        ("torch._dynamo.a", True),
+        ("deepseek", False),
+        ("torch._inductor.runtime.compile_tasks.a", False),  # what it has made
+    ],
+)
 def test_a_failed_assertion_of_torch_compile_is_not_taken_for_ours(module, is_theirs):
-    where = {"__name__": module}
-    exec("def fail(): assert False", where)
+    torch_compile, made = {"__name__": "torch._dynamo.b"}, {"__name__": module}
+    exec("def fail(): assert False", made)
+    exec("def call(f): f()", torch_compile)  # what fails may have been called by it
     with pytest.raises(AssertionError) as caught:
-        where["fail"]()
+        torch_compile["call"](made["fail"])
     assert runtime.is_compile_error(caught.value) == is_theirs
 
 
@@ -314,12 +322,15 @@ def test_a_model_alone_is_written_small_and_speaks_but_does_not_go_on(run, train
 
 
 def test_sample_hands_its_flags_on(run, trained, monkeypatch):
-    asked, drawn = [], []
+    asked, drawn, taken = [], [], []
 
     def generate(self, prompts, new, **options):
         drawn.append(torch.rand(1, generator=options["generator"]).item())
         asked.append((len(prompts[0]), new, options))
-        return iter([])
+        taken.append([len(prompts), 0])
+        for _ in range(6):
+            taken[-1][1] += 1
+            yield torch.full([len(prompts)], 5)
 
     monkeypatch.setattr(DeepSeek, "generate", generate)
     flags = f"--prompt {'x' * 30} --max_new_tokens 9 --temperature 0.5 --top_k 3 --top_p 0.7"
@@ -332,3 +343,6 @@ def test_sample_hands_its_flags_on(run, trained, monkeypatch):
         assert options.pop("generator")
         assert options.pop("vocab_size") < 320  # the tokenizer's, without padding
         assert options == dict(temperature=0.5, top_k=3, top_p=0.7, stop=1)
+    assert taken == [[1, 6], [1, 4], [1, 6]]  # the third step replays what the second recorded
+    assert run(f"sample --ckpt {trained} --judge 60 --compile")[0] == 0
+    assert [rows for rows, _ in taken[3:]] == [50, 50, 10]
