@@ -802,9 +802,10 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 FEW = 8
 
 
-def empty_or_zeros(x: Tensor, size: int, filled: int) -> Tensor:
-    """[size, D] for as many rows, of which `filled` are about to be filled; others must be 0."""
-    return (x.new_empty if filled == size else x.new_zeros)(size, x.shape[1])
+def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
+    """The rows of x [n, D] at the places [n] of a result [size, D]; other rows are zeros."""
+    rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
+    return rows.index_copy_(0, place, x)
 
 
 class Dispatch(torch.autograd.Function):
@@ -816,8 +817,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, place: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(place)
         ctx.copies = len(place) // len(x)
-        rows = empty_or_zeros(x, size, len(place))
-        return rows.index_copy_(0, place, x.repeat_interleave(ctx.copies, 0))
+        return spread(x.repeat_interleave(ctx.copies, 0), place, size)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -837,8 +837,7 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (place,) = ctx.saved_tensors
-        rows = empty_or_zeros(grad, ctx.size, len(place))
-        return rows.index_copy_(0, place, grad), None
+        return spread(grad, place, ctx.size), None
 
 
 class Experts(nn.Module):

@@ -220,10 +220,8 @@ def train(device: torch.device, rounds: int) -> None:
         ids = random_ids(config, rows, length + 1, device)
         step = functools.partial(training_step, ids=ids, dtype=dtype)
         contenders = peers(new_model(config, device), step)
-        if cuda:
-            del contenders[f"{THEIRS} compiled"]
-        if cuda and size != "tiny":
-            del contenders[THEIRS]
+        left_out = {f"{THEIRS} compiled", *([THEIRS] if size != "tiny" else [])} if cuda else {}
+        contenders = {name: c for name, c in contenders.items() if name not in left_out}
         dense = new_model(dense_twin(config), device)
         contenders[DENSE] = functools.partial(step, dense)
         contenders[DENSE_COMPILED] = functools.partial(step, dense, compiled=True)
@@ -286,24 +284,6 @@ def context(device: torch.device, rounds: int) -> None:
     print_ratios("a token of tiny", 5, seconds, [(near, far), (far, expanded)])
 
 
-def batch(device: torch.device, rounds: int) -> None:
-    """Sixteen prompts of different lengths at once, against one after the other."""
-    model = new_model(Config.preset("tiny"), device).eval()
-    ids = random_ids(model.config, 16, 100, device).tolist()
-    prompts = [row[: 5 + 6 * i] for i, row in enumerate(ids)]
-
-    def generate(*batches: list[list[int]]) -> None:
-        for rows in batches:
-            list(model.generate(rows, NEW_TOKENS, temperature=0))
-
-    contenders = {
-        "at once": lambda: lambda: generate(prompts),
-        "one by one": lambda: lambda: generate(*([row] for row in prompts)),
-    }
-    seconds = interleave(contenders, device, rounds)
-    print_ratios("decode tiny, 16 prompts", 16 * NEW_TOKENS, seconds, [tuple(contenders)])
-
-
 def peak_memory() -> int:
     """Bytes that this process has taken at most, where Linux tells them."""
     status = Path("/proc/self/status").read_text()  # getrusage would count the parent's memory in
@@ -343,7 +323,7 @@ def memory(device: torch.device, rounds: int) -> None:
             note(what, error)
 
 
-PARTS = dict(train=train, decode=decode, context=context, batch=batch, memory=memory)
+PARTS = dict(train=train, decode=decode, context=context, memory=memory)
 
 
 def machine_name(device: torch.device) -> str:

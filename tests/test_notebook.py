@@ -1,5 +1,6 @@
 """walkthrough.ipynb: it runs, its exercises can be solved, and it is committed as it ran."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+
+import deepseek  # noqa: F401 - what the notebook shows is named so
 
 PATH = ROOT / "walkthrough.ipynb"
 NOTEBOOK = nbformat.read(PATH, 4)
@@ -53,6 +56,17 @@ def test_it_is_committed_as_it_ran_in_one_go_and_tells_no_paths_of_the_machine()
     everything = "".join(c.source for c in NOTEBOOK.cells) + "".join(map(shown, CODE))
     assert not re.findall(r"(?<![\w<:/.)])/[\w.-]+/[\w.-]+|\b[A-Z]:\\", everything)  # any system's
     assert PATH.stat().st_size <= 3 * 2**20
+
+
+def test_the_code_that_it_shows_is_that_of_deepseek_py():
+    found = [
+        (name, shown(cell))
+        for cell in CODE
+        for name in re.findall(r"^show\((.+)\)$", cell.source, re.MULTILINE)
+    ]
+    assert len(found) > 5
+    for name, text in found:
+        assert inspect.getsource(eval(name)) in text, name
 
 
 @pytest.mark.parametrize("way", ["clone", "zip"])

@@ -56,7 +56,7 @@ def test_every_part_runs_in_a_small_form(part, run, monkeypatch):
     command, machine, _, *table = out.splitlines()
     assert command == f"python -m benchmarks.speed --only {part} --device cpu --rounds 1"
     assert f"torch {torch.__version__}, transformers " in machine
-    rows = dict(train=36, decode=5, context=2, batch=1, memory=1)[part]
+    rows = dict(train=36, decode=5, context=2, memory=1)[part]
     assert len(table) == 2 + rows and all(row.count("|") == 5 for row in table)
     assert all("1 at once" in row for row in table if part == "decode" and "transformers" in row)
     makers = {type(getattr(f, "__self__", f)).__module__.split(".")[0] for f in compiled}
