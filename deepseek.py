@@ -805,7 +805,7 @@ FEW = 8
 def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
     """The rows of x [n, D] at the places [n] of a result [size, D]; other rows are zeros."""
     rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
-    return rows.index_copy_(0, place, x)
+    return rows.index_copy(0, place, x)  # in place, torch 2.11 would trace wrong gradients
 
 
 class Dispatch(torch.autograd.Function):
