@@ -61,7 +61,7 @@ class Options:
     judge: int | None = flag(None, "judge so many sampled stories of a model of stories", low=1)
     export: str | None = flag(None, "folder to write the model to in the official format, or a .pt")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is the best there")
-    compile: bool = flag(False, "torch.compile for half a minute, then several times as fast")
+    compile: bool = flag(False, "torch.compile for half a minute, then many texts go faster")
     dtype: str = flag(
         "auto", "of the weights; auto is as they are stored", choices=["auto", *DTYPES]
     )
@@ -183,6 +183,8 @@ class Speaker:
 def converse(speaker: Speaker) -> None:
     """Answer line after line until the input ends. The oldest turns are forgotten once the
     dialogue takes more than half of the context."""
+    if sys.stdin.isatty():
+        print("Ctrl-D ends the chat", file=sys.stderr)
     turns: list[tuple[str, str | None]] = []
     half = speaker.model.config.max_position_embeddings // 2
     while True:

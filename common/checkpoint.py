@@ -60,10 +60,14 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             if record := archive.testzip():
                 raise zipfile.BadZipFile(record)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"checkpoint {path} does not exist: train one with train.py, or try assets/tiny.pt"
+        ) from error
     except Exception as error:  # zipfile, pickle and torch raise a dozen kinds
         raise UsageError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): it does not exist, or is"
-            " damaged or not one of train.py"
+            f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or not one"
+            " of train.py"
         ) from error
     parts = {"format": int, "model": dict, "config": dict, "tokenizer": str}
     is_ours = isinstance(state, dict) and str(state.get("program")) == "deepseek.py"

@@ -37,6 +37,7 @@ from common.runtime import UsageError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # spelt as in DeepSeek-V2
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt, as TinyStories has it
+ROWS = (".json", ".jsonl")  # files of rows; others are plain text
 FORMAT = 4  # of the prepared files; another number means: prepare again
 LONGEST = 2**21  # characters read at a time, as to tokenise one takes 200 bytes
 TOKENIZER_TEXT = 100 * 2**20  # bytes that the tokenizer learns from, spread over the corpus
@@ -63,7 +64,7 @@ def count_of(source: str, default: int, least: int) -> int:
 
 
 def find_corpus(source: str) -> tuple[list[Path], int]:
-    """The files behind a --data value other than stories: a .txt, .json or .jsonl, the .txt and
+    """The files behind a --data value other than stories: a text, .json or .jsonl, the .txt and
     .jsonl of a folder, or one that is kept (and resumed) in the hub's cache; and how many files of
     a folder are passed over. Raises UsageError."""
     path = Path(source)
@@ -76,14 +77,16 @@ def find_corpus(source: str) -> tuple[list[Path], int]:
         except OSError as error:  # the hub's errors are such
             message = f"{repo} cannot be reached: fetch {name} elsewhere and give it as --data"
             raise UsageError(message) from error
-    if path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
+    if path.is_file() and path.suffix.lower() in ("", ".txt", ".md", *ROWS):
         return [path], 0
     inside = [f for f in path.rglob("*") if f.is_file()]
     texts = [f for f in inside if f.suffix.lower() in (".txt", ".jsonl")]  # a .json may be settings
     # systems and editors leave hidden files beside texts
     if files := sorted(f for f in texts if "/." not in f"/{f.relative_to(path).as_posix()}"):
         return files, len(inside) - len(files)
-    what = "is no text that can be read" if path.exists() else "does not exist"
+    what = "does not exist"
+    if path.exists():
+        what = "is no .txt or .jsonl, nor a folder of such"
     raise UsageError(f"data {source!r} {what}: see --data in --help")
 
 
@@ -92,7 +95,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
     Raises UsageError."""
     for path in files:
         texts = txt_documents(path)
-        if path.suffix.lower() in (".json", ".jsonl"):
+        if path.suffix.lower() in ROWS:
             texts = (text for (text,) in read_rows(path, 'a "text"', lambda row: [row["text"]]))
         try:
             yield from filter(None, map(str.strip, texts))

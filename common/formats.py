@@ -201,7 +201,11 @@ def read_weights(model: DeepSeek, folder: Path, dtype, device) -> None:
                     raise UsageError(f"{file} holds {name}, as another file does: remove one")
                 stored[name] = tensor
     asked = {name: list(place.shape) for name, place in official_state(model).items()}
-    check_fit(folder, stored, asked, "give the weights of config.json as model*.safetensors")
+    if not stored:
+        raise UsageError(
+            f"{folder} has no model*.safetensors: *.bin and other pickles are not read"
+        )
+    check_fit(folder, stored, asked, "config.json and the weights do not belong together")
     model.to(dtype or stored["lm_head.weight"].dtype).to_empty(device=device)
     needed = {name for name, _ in inference_parameters(model)}
     for name, p in model.named_parameters():
@@ -326,7 +330,10 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
     record = read_json(Path(folder) / "adapter_config.json")
     for name, value in record.items():
         if name not in PEFT_FREE and value not in PEFT_ONLY.get(name, [None, False, {}, []]):
-            raise UsageError(f"{folder} has {name} = {value!r}: only plain LoRA is read")
+            what = "only plain LoRA is read"
+            if "gate_up_proj" in str(value):  # as PEFT does for all-linear, and for gate_proj
+                what = "routed experts cannot be adapted, give target_modules of attention"
+            raise UsageError(f"{folder} has {name} = {value!r}: {what}")
     rank, alpha, dropout = (record.get(k) or 0 for k in ("r", "lora_alpha", "lora_dropout"))
     numbers = all(type(n) in (int, float) for n in (rank, alpha, dropout))
     if not numbers or not 0 < alpha < 1e9 or not 0 <= dropout < 1:

@@ -46,7 +46,7 @@ def read_data(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     if data.is_stories(options.data):
         return built_in(options, tokenizer)
     files, passed = data.find_corpus(options.data)
-    if all(path.suffix.lower() == ".txt" for path in files):
+    if all(path.suffix.lower() not in data.ROWS for path in files):
         return raw_text(options, tokenizer)
     dialogues, remarks = chat.read_dialogues(files)
     remarks[data.PASSED_OVER] = passed

@@ -567,10 +567,10 @@ class Trainer:
     def compile_now(self, inputs: Tensor, targets: Tensor) -> None:
         """Compile on one piece of a batch; where that fails, say so and go on without."""
         state, began = random_state(self.device), time.perf_counter()
+        say(self.options, f"compile  blocks and loss, for up to a minute or two ({self.why})")
         try:
             self.forward_backward(self.model, inputs, targets, 1)
-            seconds = time.perf_counter() - began
-            say(self.options, f"compile  blocks and loss, in {seconds:.0f} s ({self.why})")
+            say(self.options, f"compile  took {time.perf_counter() - began:.0f} s")
         except Exception as error:
             if not is_compile_error(error):
                 raise

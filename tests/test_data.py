@@ -136,7 +136,7 @@ def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": 5}', "row 1 lacks"),
         ("a.jsonl", b'{"text": "\\ud800"}', "row 1 lacks .* surrogates"),
         ("a.json", b'{"text": "a"', "row 1 lacks"),
-        ("a.csv", b"a", "a.csv' is no text that can be read"),
+        ("a.csv", b"a", "a.csv' is no .txt or .jsonl"),
     ],
 )
 def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, message):

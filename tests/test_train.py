@@ -369,7 +369,7 @@ def test_blocks_and_loss_are_compiled_for_training_alone_and_a_failure_is_surviv
     line = f"train {MODEL} --data {corpus} --steps 4 --eval_every 2".replace("float32", "bfloat16")
     code, out, err = run(f"{line} --out {tmp_path}/a --compile on")
     assert code == 0, err
-    said = "fails here, goes on without: " if breaks else "blocks and loss, in "
+    said = "fails here, goes on without: " if breaks else "took "
     assert f"compile  {said}" in out
     stored = load(tmp_path / "a")
     assert stored["args"]["compile"] == ("off" if breaks else "on")
