@@ -126,6 +126,12 @@ def test_a_text_without_lines_is_read_piece_by_piece(tmp_path, monkeypatch):
     assert "".join(map("".join, zip(*parts_of(ready), strict=True))) == "whale" * 900_000
 
 
+@pytest.mark.parametrize("name", ["NOTES", "a.md", "a.TXT"])
+def test_a_text_may_have_these_names(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    assert data.find_corpus(str(tmp_path / name)) == ([tmp_path / name], 0)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

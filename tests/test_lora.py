@@ -176,7 +176,7 @@ def made_by_peft(model, folder, **settings):
         (dict(use_rslora=True), "use_rslora = True: only plain LoRA is read"),
         (dict(use_dora=True), "use_dora = True"),
         (dict(alpha_pattern={"o_proj": 3}), "alpha_pattern = {'o_proj': 3}"),
-        (dict(target_modules=["gate_proj", "up_proj", "down_proj"]), "_pattern = "),
+        (dict(target_modules=["gate_proj", "up_proj", "down_proj"]), "routed experts cannot be"),
         (dict(target_modules=["down_proj"]), "model.layers.1.mlp.experts.* where nothing fits"),
     ],
 )

@@ -712,6 +712,9 @@ def test_generate_refuses_impossible_arguments(message, options):
             next(model.generate(**dict(prompts=[[1]], max_new_tokens=5) | some))
     with pytest.raises(ValueError, match="eval"):
         next(model.train().generate([[1]], 5))
+    nn.init.constant_(model.eval().lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        next(model.generate([[1]], 5))
 
 
 # --- config ------------------------------------------------------------------------------------

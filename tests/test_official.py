@@ -144,6 +144,9 @@ def test_what_is_not_this_model_or_damaged_is_refused_in_a_sentence(folder):
     for length in (0, 5, 100, path.stat().st_size - 1):
         (folder / "model-2.safetensors").write_bytes(path.read_bytes()[:length])
         refused("model-2.safetensors is missing, damaged or cut short")
+    (folder / "model-2.safetensors").unlink()
+    path.rename(folder / "pytorch_model.bin")
+    refused(r"has no model\*.safetensors: \*.bin and other pickles are not read")
     for text in ("{", "[]", "\xff"):
         config.write_text(text, encoding="latin-1")
         refused("config.json is missing or damaged")

@@ -358,6 +358,9 @@ def test_blocks_and_loss_are_compiled_for_training_alone_and_a_failure_is_surviv
         tracer["trace"](fails=torch.is_grad_enabled())
         return module._call_impl(*args, **kwargs)
 
+    def fail(*_):
+        raise AssertionError
+
     def compile(module, dynamic, options):
         assert dynamic is False and all(hasattr(torch._inductor.config, n) for n in options)
         real(module, backend=backend, dynamic=dynamic)
@@ -379,6 +382,9 @@ def test_blocks_and_loss_are_compiled_for_training_alone_and_a_failure_is_surviv
     assert load(tmp_path / "b")["args"]["compile"] == "off"
     assert same(stored["model"], load(tmp_path / "b")["model"])  # the backend changes nothing
     assert run(f"sample --ckpt {tmp_path}/a/ckpt.pt --max_new_tokens 3")[0] == 0
+    if breaks == "tracing":  # then the optimizer is not compiled either
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+        assert run(f"{line} --out {tmp_path}/c --compile on --low_memory")[0] == 0
 
 
 def test_auto_compiles_what_is_long_enough_and_gains():
