@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, load
 
+import deepseek
 import finetune
 import sample
 import train
-from common import chat, checkpoint, data, runlog, runtime, stories, trainer
+from common import chat, checkpoint, data, formats, runlog, runtime, stories, trainer
 from common.runtime import UsageError
 from deepseek import Config, DeepSeek
 
@@ -319,6 +320,22 @@ def test_a_model_alone_is_written_small_and_speaks_but_does_not_go_on(run, train
     shutil.copy(path, tmp_path / "ckpt.pt")
     code, _, err = run(f"train --resume --out {tmp_path}")
     assert code == 2 and "it has no flags" in err
+
+
+def test_compiled_sampling_has_its_adapter_merged(run, trained, tmp_path, monkeypatch):
+    model, _ = checkpoint.open_model(str(trained), torch.device("cpu"), "auto")
+    deepseek.add_lora(model)
+    formats.save_lora(model, tmp_path)
+    adapted = []
+
+    def generate(self, *_, **__):
+        adapted.append(len(deepseek.modules_of(self, deepseek.LoRALinear)) > 0)
+        return iter([])
+
+    monkeypatch.setattr(DeepSeek, "generate", generate)
+    for more in ("", " --compile"):
+        assert run(f"sample --ckpt {trained} --lora {tmp_path} --prompt cat{more}")[0] == 0
+    assert adapted == [True, False, False]
 
 
 def test_sample_hands_its_flags_on(run, trained, monkeypatch):
