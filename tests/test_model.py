@@ -112,7 +112,7 @@ def test_bfloat16_attends_as_float32_does_and_sees_nothing_later(T, flash, value
     for x, y in zip(inputs, exact, strict=True):
         (a,) = torch.autograd.grad((found.float() * wanted.detach()).sum(), x, retain_graph=True)
         (b,) = torch.autograd.grad((wanted * wanted.detach()).sum(), y, retain_graph=True)
-        close(a.float(), b, 0.1)  # torch 2.11 rounds more coarsely than 2.13
+        close(a.float(), b, 0.1 if torch.__version__.startswith("2.11") else 0.03)  # it is coarser
     for x in inputs:
         x.data[:, -1] *= 30  # the last token cries out, and none before hears it
     assert torch.equal(mla.expanded(*inputs, None)[:, :-1], found[:, :-1])
