@@ -797,8 +797,8 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 
 
-# How many times as many experts as there are may be copied in compiled decoding. That costs less
-# than to leave the compiled graph, or than a product for each expert.
+# Compiled decoding copies up to FEW times as many experts as a layer has. That costs less than
+# leaving the compiled graph, or than a product for each expert.
 FEW = 8
 
 
@@ -859,11 +859,10 @@ class Experts(nn.Module):
         dtype = compute_dtype(x)
         can_group = self.can_group(x.device)
         run = self.grouped if can_group else self.looped
-        if index.numel() <= len(self.gate_up_proj):
+        compiling = torch.compiler.is_compiling()
+        if index.numel() <= (FEW if compiling else 1) * len(self.gate_up_proj):
             run = self.gathered
-        elif torch.compiler.is_compiling() and index.numel() <= FEW * len(self.gate_up_proj):
-            run = self.gathered
-        elif torch.compiler.is_compiling() and not (can_group and dtype == torch.bfloat16):
+        elif compiling and not (can_group and dtype == torch.bfloat16):
             run = torch.compiler.disable(run)  # torch.compile traces grouped_mm in bf16 only
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         return run(x.to(dtype), index, weights, gate_up, down)

@@ -46,6 +46,7 @@ from common.runtime import (
     choose_device,
     choose_dtype,
     flag,
+    is_compile_error,
     keep_freed_memory,
     parse_flags,
     run_script,
@@ -60,7 +61,7 @@ NEW_TOKENS = 100
 # Sizes, whether as with --low_memory, and to how many GiB a card is capped.
 MEMORY = [("tiny", False, None), ("small", False, None), ("1b", False, 22.5), ("1b", True, 14.0)]
 # What is raised where a library, a compiler, memory or /proc is missing.
-FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UsageError)
+FAILURES = (ImportError, OSError, RuntimeError, UsageError)
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
@@ -84,7 +85,9 @@ def interleave(
             call = build()
             seconds_of(call, device)
             ready[name] = call
-        except FAILURES as error:
+        except Exception as error:
+            if not isinstance(error, FAILURES) and not is_compile_error(error):
+                raise
             note(name, error)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):

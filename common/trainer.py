@@ -231,7 +231,7 @@ def compiled_parts(model: DeepSeek) -> list[torch.nn.Module]:
 def compile_parts(model: DeepSeek, dynamic: bool | None = False) -> None:
     """torch.compile for them, in place; dynamic: whether shapes change, None = find out."""
     # Sums of up to 16 numbers, as over the K experts of a token, are written out (by default of up
-    # to 7, and 1b has K = 8). As reductions they take four times as long on an H200.
+    # to 7, and 1b has K = 8). As reductions they take several times as long on a card.
     options = {"unroll_reductions_threshold": 17}
     for part in compiled_parts(model):
         part.compile(dynamic=dynamic, options=options)
