@@ -803,30 +803,15 @@ FEW = 8
 
 
 def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
-    """The rows of x [n, D] at the places [n] of a result [size, D]; other rows are zeros."""
+    """The rows of x [n, D] at the places [n], all different, of a result [size, D]; other rows are
+    zeros. Its gradient is gathered from these places."""
     rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
-    return rows.index_copy(0, place, x)  # in place, torch 2.11 would trace wrong gradients
-
-
-class Dispatch(torch.autograd.Function):
-    """Copies each row of x [N, D] to K rows of the result [size, D]: those in place [N*K], all
-    different; other rows are zeros. For `Experts.grouped`. Because all places differ, the backward
-    pass is a plain gather; autograd's own would add up scattered rows one by one."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, place: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.copies = len(place) // len(x)
-        return spread(x.repeat_interleave(ctx.copies, 0), place, size)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place).unflatten(0, (-1, ctx.copies)).sum(1), None, None
+    return rows.index_copy(0, place, x)
 
 
 class Collect(torch.autograd.Function):
-    """The way back: y [size, D] -> its rows at place, [N*K, D]."""
+    """The way back: y [size, D] -> its rows at place, [n, D]. All places differ, so the backward
+    pass is `spread`; autograd's own would add up the rows one by one."""
 
     @staticmethod
     def forward(ctx, y: Tensor, place: Tensor) -> Tensor:
@@ -901,7 +886,8 @@ class Experts(nn.Module):
         shift = (ends - space) - (count.cumsum(0) - count)  # padded start minus dense start
         row = torch.arange(N * K, device=x.device) + shift[expert[order]]  # N*K, all different
         place = torch.empty_like(row).scatter_(0, order, row)  # N*K: the row of each assignment
-        rows = Dispatch.apply(x, place, N * K + len(count) * (block - 1))  # rows D
+        copies = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # N*K D
+        rows = spread(copies, place, N * K + len(count) * (block - 1))  # rows D
         offs = ends.to(torch.int32)
         gate, up = F.grouped_mm(rows, gate_up.mT, offs=offs).chunk(2, -1)  # 2 x rows I
         y = F.grouped_mm(gated(gate, up), down.mT, offs=offs)  # rows D

@@ -23,6 +23,7 @@ from common.chat import TEMPLATE
 from common.checkpoint import build_model
 from common.induction import induction_init
 from common.memory import fixed_memory, plan_pieces
+from common.optimizers import OPTIMIZERS
 from common.runtime import (
     FREE,
     UsageError,
@@ -54,8 +55,8 @@ from deepseek import PRESETS, Config, DeepSeek
 # (5.7T and 8.1T tokens), less the growing of V2's batch.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=1.5e-3, beta2=0.99, schedule="linear", warmup=100, minutes=5.0,
-        induction_init=0.4,
+        batch_size=8, lr=3e-3, beta2=0.99, optimizer="muon", schedule="linear", warmup=100,
+        minutes=5.0, induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
     "1b": dict(batch_size=64, lr=4e-4, warmup=2_000, steps=50_000),
@@ -79,6 +80,9 @@ class Options(RunOptions):
     low_memory: bool = flag(
         False, "weights and moments in bf16, rounded at random; --checkpoint_activations"
     )
+    optimizer: str | None = flag(
+        None, "adamw, the paper's, or muon (default: adamw, or the recipe's)", choices=OPTIMIZERS
+    )
     induction_init: float | None = flag(
         None, "start attention as a copy, embedding of this std; 0 = off (default: the recipe's)",
         low=0,
@@ -88,7 +92,10 @@ class Options(RunOptions):
 
 def with_recipe(options: Options, base: Config) -> Options:
     """What was not typed, from the recipe of the size, and from its Config."""
-    recipe = {"beta2": 0.95, "schedule": "step", "induction_init": 0.0} | RECIPES[options.size]
+    recipe = {"optimizer": "adamw", "beta2": 0.95, "schedule": "step", "induction_init": 0.0}
+    recipe |= RECIPES[options.size]
+    if options.low_memory or options.fsdp:  # neither goes with muon
+        recipe["optimizer"] = "adamw"
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)
@@ -131,6 +138,8 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
     """Raise UsageError for flags that do not go together."""
     if options.fsdp and not dist.is_initialized():
         raise UsageError("--fsdp shards a model over processes: start them with torchrun")
+    if options.optimizer == "muon" and (options.fsdp or options.low_memory):
+        raise UsageError("--optimizer muon needs whole matrices in fp32: leave it out")
     if options.low_memory and world_size() > 1:
         raise UsageError("--low_memory is for one process: its rounding is random")
     if options.low_memory and dtype == torch.float16:

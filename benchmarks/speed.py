@@ -188,7 +188,9 @@ def training_step(
     """A whole step of our model or of transformers': forward, backward, clipping, AdamW. Ours is
     compiled as train.py does it, and weights in bf16 are trained as with its --low_memory."""
     low_memory = next(model.parameters()).dtype == torch.bfloat16
-    optimizer = make_optimizer(model.to(ids.device).train(), 1e-4, 0.1, 0.95, low_memory, compiled)
+    kind = "low_memory" if low_memory else "adamw"
+    model.to(ids.device).train()
+    optimizer = make_optimizer(model, 1e-4, 0.1, 0.95, kind, compiled=compiled)
     forward, inputs, targets = model, ids[:, :-1], ids[:, 1:]
     if compiled and isinstance(model, DeepSeek):
         compile_parts(model)

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from common.runtime import UsageError, world_size
 from deepseek import Config, DeepSeek
@@ -122,59 +121,3 @@ def plan_pieces(
             " --checkpoint_activations"
         )
     return pieces, f"about {least / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"
-
-
-# ----------------------------------------------------------------------------------------------
-# An optimizer for little memory
-# ----------------------------------------------------------------------------------------------
-
-
-class LowMemoryAdamW(torch.optim.Optimizer):
-    """AdamW whose weights and moments are bf16: with the gradient 8 bytes a parameter, not 16.
-
-    bf16 has 8 bits, and a step is often smaller than their spacing. So what is stored is rounded
-    up or down at random, with the chances that make it right in the mean.
-    """
-
-    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], compiled: bool):
-        super().__init__(groups, dict(lr=lr, betas=betas))
-        self.update = adamw_update
-        if compiled:  # one kernel for all tensors, which is bound by reading them once
-            self.update = torch.compile(adamw_update, dynamic=True)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            n = group["step"] = group.get("step", 0) + 1
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            numbers = beta1, beta2, lr * group["weight_decay"], lr / (1 - beta1**n), 1 - beta2**n
-            numbers = torch.tensor(numbers, device=trained[0].device).unbind()
-            for p in trained:
-                state = self.state[p]
-                if not state:
-                    state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-                self.update(p.view(-1), p.grad.reshape(-1), *moments, *numbers)
-
-
-def adamw_update(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, beta1, beta2, decay, lr, correction
-) -> None:
-    """One step on flat tensors [n] in bf16, in place; the others are 0-d, so that one compilation
-    serves all steps. decay: rate times weight decay; lr: with the correction of m's start."""
-    g, w = grad.float(), p.float()
-    m32 = g + beta1 * (m.float() - g)
-    v32 = g * g + beta2 * (v.float() - g * g)
-    w = w - decay * w - lr * m32 / ((v32 / correction).sqrt() + 1e-8)
-    # One noise serves all three: each is right in the mean, and drawing it takes the most time.
-    noise = torch.randint(0, 2**16, p.shape, dtype=torch.int32, device=p.device)
-    for stored, exact in ((p, w), (m, m32), (v, v32)):
-        stored.copy_(round_at_random(exact, noise))
-
-
-def round_at_random(x: Tensor, noise: Tensor) -> Tensor:
-    """fp32 to one of the two nearest bf16, with chances that keep the mean, where noise is uniform
-    in [0, 65536). [n] -> [n]."""
-    # bf16 is the upper half of fp32's bits: what is added to the lower half carries over or not.
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()

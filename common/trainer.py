@@ -34,7 +34,8 @@ from tqdm import tqdm
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.data import IGNORE, EvalSet, cache_folder, encode_with_bos
 from common.formats import lora_state
-from common.memory import LowMemoryAdamW, adamw_update, numbers_of_pieces
+from common.memory import numbers_of_pieces
+from common.optimizers import LowMemoryAdamW, adamw_update, learning_rate, make_optimizer
 from common.runlog import Log, draw_curves, rounded
 from common.runtime import (
     DTYPES,
@@ -186,29 +187,8 @@ def run_lock(options: RunOptions) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Optimizer, schedule
+# torch.compile
 # ----------------------------------------------------------------------------------------------
-
-
-def make_optimizer(
-    model: torch.nn.Module,
-    lr: float,
-    weight_decay: float,
-    beta2: float,
-    low_memory: bool = False,
-    compiled: bool = False,
-) -> torch.optim.Optimizer:
-    """AdamW as the paper uses it ([V2] 3.1.2); weight decay on matrices, not on norm weights.
-    low_memory: for weights in bf16."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if low_memory:
-        return LowMemoryAdamW(groups, lr, (0.9, beta2), compiled)
-    return torch.optim.AdamW(groups, lr, (0.9, beta2), fused=True)
 
 
 def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
@@ -235,21 +215,6 @@ def compile_parts(model: DeepSeek, dynamic: bool | None = False) -> None:
     options = {"unroll_reductions_threshold": 17}
     for part in compiled_parts(model):
         part.compile(dynamic=dynamic, options=options)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of a step (from 0): linear warm-up, then as [V2] 3.1.2, or falling all the time."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = step / steps
-    if schedule == "step":
-        return peak * (0.316 if done >= 0.6 else 1) * (0.316 if done >= 0.9 else 1)
-    if schedule == "linear":
-        return peak * (steps - step) / max(1, steps - warmup)
-    if schedule == "cosine":
-        done = (step - warmup) / max(1, steps - warmup)
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
-    return peak
 
 
 # ----------------------------------------------------------------------------------------------
@@ -415,8 +380,9 @@ class Trainer:
         if world_size() > 1 and not is_sharded:
             # without a copy of the gradients
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        low_memory = getattr(options, "low_memory", False)
-        recipe = options.lr, options.weight_decay, options.beta2, low_memory, self.compiled
+        kind = getattr(options, "optimizer", "adamw")
+        kind = "low_memory" if getattr(options, "low_memory", False) else kind
+        recipe = options.lr, options.weight_decay, options.beta2, kind, dtype, self.compiled
         self.optimizer = make_optimizer(model, *recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.fewest = options.grad_accum  # pieces

@@ -55,7 +55,7 @@ def test_what_is_learned_may_not_change(run, begun):
     flags = (
         "--lr 0.5,--batch_size 8,--seq_len 16,--warmup 3,--schedule cosine,--beta2 0.9,--seed 3"
         ",--weight_decay 0.2,--clip 2.0,--size small,--low_memory True,--minutes 3.0"
-        ",--induction_init 0.1"
+        ",--induction_init 0.1,--optimizer adamw"
     ).split(",")
     names = {flag.split()[0].removeprefix("--") for flag in flags}
     kinds = {f.name: f.metadata["on_resume"] for f in fields(train.Options) if f.metadata}

@@ -150,22 +150,6 @@ def test_two_steps_are_those_written_out_by_hand(trained, tmp_path, accum, scale
         assert torch.allclose(p, q, atol=4e-5), (p - q).abs().max()
 
 
-def test_the_schedules():
-    def rates(schedule, steps=100, peak=1.0):
-        return [trainer.learning_rate(s, steps, peak, 10, schedule) for s in range(steps)]
-
-    step, cosine, linear = rates("step"), rates("cosine"), rates("linear", 110, 2.0)
-    assert step[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert step[10] == step[59] == 1
-    assert step[60] == step[89] == pytest.approx(0.316)
-    assert step[90] == step[99] == pytest.approx(0.316**2)
-    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=0.01)
-    assert trainer.learning_rate(150, 100, 1.0, 10, "cosine") == pytest.approx(0.1)
-    assert linear == pytest.approx([0.2 * (s + 1) for s in range(10)] +
-                                   [2 - 0.02 * s for s in range(100)])  # fmt: skip
-    assert rates("constant")[10:] == [1.0] * 90
-
-
 @pytest.mark.parametrize("poisoned", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_left_out_and_five_end_the_run(
     trained, tmp_path, poisoned, capsys
@@ -320,11 +304,14 @@ def test_the_recipe_fills_in_what_was_not_typed():
         o = options_of(**typed)
         return o.lr, o.beta2, o.schedule, o.batch_size, o.minutes, o.steps, o.induction_init
 
-    assert chosen() == (1.5e-3, 0.99, "linear", 8, 5.0, None, 0.4)
+    assert chosen() == (3e-3, 0.99, "linear", 8, 5.0, None, 0.4)
     typed = dict(lr=0.1, beta2=0.5, schedule="step", batch_size=3, steps=7, induction_init=0.1)
     assert chosen(**typed) == (0.1, 0.5, "step", 3, None, 7, 0.1)
     assert chosen(size="v2") == (2.4e-4, 0.95, "step", 9216, None, 215_000, 0)  # the paper's
     assert options_of(low_memory=True).checkpoint_activations
+    assert options_of().optimizer == "muon" and options_of(size="v2").optimizer == "adamw"
+    for flag in ("low_memory", "fsdp"):  # which Muon does not serve
+        assert options_of(**{flag: True}).optimizer == "adamw"
 
 
 def test_a_recipe_goes_at_most_ten_times_through_a_text():

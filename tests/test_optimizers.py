@@ -1,0 +1,136 @@
+"""The optimizers against PyTorch's own, and the schedule of the learning rate."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_model, small
+
+from common import optimizers
+from common.optimizers import LEFT_TO_ADAMW, make_optimizer, orthogonalise
+
+# --- Muon ---------------------------------------------------------------------------------------
+
+
+def step_with_same_gradients(models_and_optimizers, steps=3):
+    for step in range(steps):
+        for model, optimizer in models_and_optimizers:
+            numbers = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=numbers)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(24, 56), (56, 24), (32, 32)])
+def test_muon_steps_as_that_of_pytorch(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(*shape, bias=False)
+    theirs = copy.deepcopy(ours)
+    recipe = dict(lr=0.01, weight_decay=0.1, momentum=0.95, ns_steps=3)
+    recipe["adjust_lr_fn"] = "match_rms_adamw"
+    muon = torch.optim.Muon(theirs.parameters(), **recipe)
+    start = ours.weight.detach().clone()
+    mine = make_optimizer(ours, 0.01, 0.1, 0.99, "muon", torch.bfloat16)
+    step_with_same_gradients([(ours, mine), (theirs, muon)])
+    moved = (theirs.weight - start).norm()
+    assert moved / start.numel() ** 0.5 > 3e-3
+    # both in bf16, which is rounded at other places
+    assert (ours.weight - theirs.weight).norm() < 0.03 * moved
+
+
+def test_orthogonalising_keeps_the_directions_and_evens_their_sizes():
+    torch.manual_seed(0)
+    u = torch.linalg.qr(torch.randn(2, 40, 16)).Q
+    v = torch.linalg.qr(torch.randn(2, 24, 16)).Q
+    sizes = torch.logspace(0, -1.4, 16)  # the smallest is a fortieth of the norm
+    x = 1e-6 * (u * sizes) @ v.mT
+    for wide, dtype, off in ((x, torch.float32, 1e-3), (x.mT, torch.float16, 0.02)):
+        y = orthogonalise(wide, dtype).float()
+        inner = u.mT @ (y if wide is x else y.mT) @ v  # diagonal where the directions are kept
+        found = inner.diagonal(dim1=1, dim2=2)
+        assert found.min() > 0.65 and found.max() < 1.25  # 0.68 and 1.21, and rounding
+        assert (inner - torch.diag_embed(found)).abs().max() < off
+
+
+def test_muon_leaves_embedding_head_and_norms_to_adamw_and_takes_experts_one_by_one():
+    model = random_model(small())
+    other = copy.deepcopy(model)
+    muon = make_optimizer(model, 0.01, 0.1, 0.99, "muon")
+    adamw = torch.optim.AdamW(other.parameters(), 0.01, (0.9, 0.99), weight_decay=0.1)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step_with_same_gradients([(model, muon), (other, adamw)], steps=2)
+    theirs = dict(other.named_parameters())
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and any(part in name for part in LEFT_TO_ADAMW):
+            assert torch.allclose(p, theirs[name], atol=1e-6)
+        elif p.dim() == 1:  # no weight decay
+            decayed = theirs[name] + 0.1 * 0.01 * (start[name] + theirs[name])
+            assert torch.allclose(p, decayed, atol=1e-4)
+        elif p.dim() == 3:
+            for e in range(len(p)):
+                one = torch.nn.Module()
+                one.weight = torch.nn.Parameter(start[name][e].clone())
+                alone = make_optimizer(one, 0.01, 0.1, 0.99, "muon")
+                for step in range(2):
+                    numbers, grads = torch.Generator().manual_seed(step), {}
+                    for n, q in model.named_parameters():
+                        grads[n] = torch.randn(q.shape, generator=numbers)
+                    one.weight.grad = grads[name][e]
+                    alone.step()
+                assert torch.allclose(p[e], one.weight, atol=1e-5)
+
+
+# --- weights and moments in bf16 ----------------------------------------------------------------
+
+
+def test_rounding_at_random_is_right_in_the_mean_and_takes_a_neighbour():
+    torch.manual_seed(0)
+    x = torch.tensor([1.001, -3.3, 2e-30, 65000.0, 0.0])
+    noise = torch.randint(0, 2**16, (200_000,), dtype=torch.int32)
+    rounded = optimizers.round_at_random(x.repeat(40_000, 1).flatten(), noise).view(-1, 5)
+    close = (rounded.float() / x).nan_to_num(1.0)
+    assert (close - 1).abs().max() <= 2**-7
+    assert torch.allclose(rounded.double().mean(0), x.double(), rtol=1e-4)
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(optimizers.round_at_random(exact.float(), noise[:1000]), exact)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_for_little_memory_is_adamw_in_the_mean(compiled):
+    def optimizer_of(weight, low_memory):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(weight)
+        kind = "low_memory" if low_memory else "adamw"
+        return layer.weight, make_optimizer(layer, 1e-3, 0.5, 0.95, kind, compiled=compiled)
+
+    torch.manual_seed(0)
+    start = torch.randn(1, 64).bfloat16()
+    exact, adamw = optimizer_of(start.float(), False)
+    many, ours = optimizer_of(start.repeat(4000, 1), True)
+    for step in range(4):
+        grad = torch.randn(1, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        exact.grad, many.grad = grad.float(), grad.repeat(4000, 1)
+        adamw.step(), ours.step()
+    moved = (exact - start).abs().mean()
+    assert moved > 2e-3  # half of a spacing of bf16, and less where weights are small
+    assert (many.float().mean(0) - exact).abs().max() < 0.1 * moved
+
+
+# --- the schedule --------------------------------------------------------------------------------
+
+
+def test_the_schedules():
+    def rates(schedule, steps=100, peak=1.0):
+        return [optimizers.learning_rate(s, steps, peak, 10, schedule) for s in range(steps)]
+
+    step, cosine, linear = rates("step"), rates("cosine"), rates("linear", 110, 2.0)
+    assert step[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert step[10] == step[59] == 1
+    assert step[60] == step[89] == pytest.approx(0.316)
+    assert step[90] == step[99] == pytest.approx(0.316**2)
+    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=0.01)
+    assert optimizers.learning_rate(150, 100, 1.0, 10, "cosine") == pytest.approx(0.1)
+    assert linear == pytest.approx([0.2 * (s + 1) for s in range(10)] +
+                                   [2 - 0.02 * s for s in range(100)])  # fmt: skip
+    assert rates("constant")[10:] == [1.0] * 90
