@@ -803,10 +803,10 @@ FEW = 8
 
 
 def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
-    """The rows of x [n, D] at the places [n], all different, of a result [size, D]; other rows are
-    zeros. Its gradient is gathered from these places."""
+    """The rows of x [n, D], each put at its place [n], all different, of a result [size, D]; other
+    rows are zeros."""
     rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
-    return rows.index_copy(0, place, x)
+    return rows.index_put((place,), x)  # unlike index_copy, this does not keep x for backward
 
 
 class Collect(torch.autograd.Function):
@@ -1149,7 +1149,8 @@ class DeepSeek(nn.Module):
         produced. compiled runs the steps after the prompt through torch.compile: that takes half a
         minute, and again for each new batch size or length of the cache, but then no processor
         waits between hundreds of small operations.
-        Raises ValueError for impossible arguments, but only when the first token is requested.
+        Raises ValueError for impossible arguments, and FloatingPointError for logits that are not
+        finite, but only when the first token is requested.
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
         if any(row.dim() != 1 for row in rows):
@@ -1181,7 +1182,7 @@ class DeepSeek(nn.Module):
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
         logits = self.lm_head(x)  # B V
         if not logits.isfinite().all():
-            raise ValueError("the logits are not finite: there is nothing to draw from")
+            raise FloatingPointError("the logits are not finite: there is nothing to draw from")
         # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
         # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         cache.lengths = lengths

@@ -52,10 +52,11 @@ from common.trainer import (
 from deepseek import PRESETS, Config, DeepSeek
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
-# (5.7T and 8.1T tokens), less the growing of V2's batch.
+# (5.7T and 8.1T tokens), less the growing of V2's batch. muon_lr: the rate with Muon, which is then
+# the default.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=3e-3, beta2=0.99, optimizer="muon", schedule="linear", warmup=100,
+        batch_size=8, lr=1.5e-3, muon_lr=5e-3, beta2=0.99, schedule="linear", warmup=100,
         minutes=5.0, induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
@@ -92,16 +93,17 @@ class Options(RunOptions):
 
 def with_recipe(options: Options, base: Config) -> Options:
     """What was not typed, from the recipe of the size, and from its Config."""
-    recipe = {"optimizer": "adamw", "beta2": 0.95, "schedule": "step", "induction_init": 0.0}
-    recipe |= RECIPES[options.size]
-    if options.low_memory or options.fsdp:  # neither goes with muon
-        recipe["optimizer"] = "adamw"
+    recipe = {"beta2": 0.95, "schedule": "step", "induction_init": 0.0} | RECIPES[options.size]
+    with_muon = "muon_lr" in recipe and not (options.low_memory or options.fsdp)
+    recipe["optimizer"] = options.optimizer or ("muon" if with_muon else "adamw")
+    if recipe["optimizer"] == "muon":
+        recipe["lr"] = recipe.get("muon_lr", recipe["lr"])
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)
     steps = options.steps or recipe.get("steps")
     recipe["warmup"] = min(recipe["warmup"], (steps or 10**9) // 10)
-    missing = {k: v for k, v in recipe.items() if getattr(options, k) is None}
+    missing = {k: v for k, v in recipe.items() if getattr(options, k, "") is None}
     low = options.low_memory or options.checkpoint_activations
     config = {"vocab_size": base.vocab_size} | options.config
     return replace(options, **missing, checkpoint_activations=low, config=config)
@@ -139,7 +141,7 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
     if options.fsdp and not dist.is_initialized():
         raise UsageError("--fsdp shards a model over processes: start them with torchrun")
     if options.optimizer == "muon" and (options.fsdp or options.low_memory):
-        raise UsageError("--optimizer muon needs whole matrices in fp32: leave it out")
+        raise UsageError("--fsdp and --low_memory do not go with --optimizer muon: leave one out")
     if options.low_memory and world_size() > 1:
         raise UsageError("--low_memory is for one process: its rounding is random")
     if options.low_memory and dtype == torch.float16:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from common.formats import save_pretrained
+from common.optimizers import make_optimizer
 from common.runtime import (
     UsageError,
     autocast,
@@ -51,7 +52,7 @@ from common.runtime import (
     parse_flags,
     run_script,
 )
-from common.trainer import compile_parts, make_optimizer
+from common.trainer import compile_parts
 from deepseek import Config, DeepSeek
 
 BATCHES = {"tiny": (8, 256), "small": (8, 512), "1b": (4, 1024)}  # rows, tokens of each
@@ -185,8 +186,9 @@ def random_ids(config: Config, rows: int, length: int, device: torch.device) -> 
 def training_step(
     model: torch.nn.Module, ids: Tensor, dtype: torch.dtype, compiled: bool = False
 ) -> Callable[[], None]:
-    """A whole step of our model or of transformers': forward, backward, clipping, AdamW. Ours is
-    compiled as train.py does it, and weights in bf16 are trained as with its --low_memory."""
+    """A whole step of our model or of transformers': forward, backward, clipping, AdamW (though
+    train.py has Muon for tiny, which takes longer). Ours is compiled as train.py does it, and
+    weights in bf16 are trained as with its --low_memory."""
     low_memory = next(model.parameters()).dtype == torch.bfloat16
     kind = "low_memory" if low_memory else "adamw"
     model.to(ids.device).train()

@@ -14,15 +14,15 @@ OPTIMIZERS = ("adamw", "muon")
 # Parts of names that Muon leaves to AdamW: matrices whose rows stand for tokens or for experts.
 LEFT_TO_ADAMW = ("embed_tokens", "lm_head", "mlp.gate.")
 MOMENTUM = 0.95  # of Muon
-STEP_SIZE = 0.2  # of Muon's numbers, which is about the usual size of AdamW's
+STEP_SIZE = 0.2  # root mean square of what Muon adds to a matrix at a rate of 1
 
 
 def make_optimizer(
     model: nn.Module, lr: float, weight_decay: float, beta2: float, kind: str = "adamw",
     dtype: torch.dtype = torch.float32, compiled: bool = False,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """AdamW as the paper uses it ([V2] 3.1.2), with weight decay on matrices, not on norm weights;
-    of the kind `muon`, whose products are in dtype; or `low_memory`, for weights in bf16."""
+    """kind: `adamw`, as in the paper ([V2] 3.1.2); `muon`, with its matrix products in dtype;
+    `low_memory`, AdamW for weights in bf16. Weight decay is for matrices, not for norm weights."""
     decayed, plain, orthogonal = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -42,19 +42,21 @@ def make_optimizer(
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with `orthogonal`: Muon (https://kellerjordan.github.io/posts/muon).
+    """AdamW, except for groups marked `orthogonal`, which Muon trains
+    (https://kellerjordan.github.io/posts/muon).
 
-    A gradient [m, n] is a sum of directions, U S V^T, few of which are large: those that all tokens
-    ask for. Muon steps along U V^T, where all are equally large, so what few tokens ask for, such
-    as a fact that is mentioned once, is learned as fast. The step is as large as AdamW's usually
-    is, so that one rate and weight decay serve both (Moonlight, arXiv 2502.16982, section 2.2).
-    Stacked experts are matrices each by itself.
+    A gradient [m, n] is a sum of directions, U S V^T, of which few are large: those that most
+    tokens agree on. Muon steps along U V^T, in which all are equally large, so what only few tokens
+    ask for, such as a rare fact, is learned as fast as the rest. Its step has one size for matrices
+    of all shapes (Moonlight, arXiv 2502.16982, section 2.2), so that one rate and weight decay
+    serve it and AdamW. Each stacked expert is a matrix by itself, its gate and up together.
     """
 
     def __init__(
         self, groups: list[dict], lr: float, betas: tuple[float, float], dtype: torch.dtype
     ):
-        # in fp16 the gradients' scaler looks at infinities for a kernel that is not fused
+        # In fp16, GradScaler leaves infinite gradients to a fused optimizer's kernel. Muon has none
+        # that would look for them; otherwise GradScaler skips such a step itself.
         super().__init__(groups, lr, betas, fused=dtype != torch.float16)
         self.dtype = dtype
 
@@ -63,7 +65,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if group.get("orthogonal"):
                 self.orthogonal_step(group)
-        super().step()  # of the others, as these have no gradient any more
+        super().step()  # of the other parameters: these have no gradient any more
 
     def orthogonal_step(self, group: dict) -> None:
         """The step of a group, whose matrices of one shape are worked on together."""
@@ -83,7 +85,7 @@ class Muon(torch.optim.AdamW):
             steps = orthogonalise(torch.cat(wanted), self.dtype).split([len(w) for w in wanted])
             for p, step in zip(parameters, steps, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # an orthogonal [m, n] has numbers of the size max(m, n)^-1/2
+                # the entries of an orthogonal [m, n] have a root mean square of max(m, n)^-1/2
                 size = group["lr"] * STEP_SIZE * max(shape) ** 0.5
                 p.sub_(step.view_as(p), alpha=size)
                 p.grad = None
@@ -92,9 +94,9 @@ class Muon(torch.optim.AdamW):
 def orthogonalise(x: Tensor, dtype: torch.dtype, steps: int = 3) -> Tensor:
     """About U V^T for each matrix U S V^T of x [b, m, n], by products in dtype: three steps of a
     Newton-Schulz iteration bring all singular values above a fiftieth of the norm into
-    [0.68, 1.21]. (Five steps, which are usual, also bring up a three-hundredth.)"""
+    [0.68, 1.21]. (Five steps, which are usual, bring up a six-hundredth as well.)"""
     x = x.mT if (tall := x.shape[-2] > x.shape[-1]) else x  # b m n, m <= n
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)  # now none is above 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now none is above 1
     x = x.to(dtype)
     for _ in range(steps):  # of s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, on all singular values
         gram = x @ x.mT  # b m m

@@ -62,7 +62,7 @@ def run_script(main: Callable[[], None]) -> None:
             # At once: one of gloo's threads may still hold a tensor, and where Python has ended by
             # the time it lets go of it, the process is aborted (pytorch's pull request 179291).
             os._exit(0)
-    except (UsageError, ConfigError) as error:
+    except (UsageError, ConfigError, FloatingPointError) as error:
         if rank() > 0:
             time.sleep(2)  # most likely the first process says the same, and torchrun ends us
         leave(str(error))

@@ -1,6 +1,6 @@
 """
-A run of training, for pretraining and fine-tuning alike: its flags, optimizer, schedule,
-evaluation, the loop, and what it leaves in --out.
+A run of training, for pretraining and fine-tuning alike: its flags, evaluation, the loop, and what
+it leaves in --out.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def open_run(options: Options, typed: dict[str, Any]) -> tuple[Options, dict[str
             raise UsageError(f"{checkpoint} is of a run of {script}: resume it with that")
         stored |= {"out": options.out, "resume": True, "overwrite": False}
         stored["fsdp"] = getattr(options, "fsdp", False)  # as the processes are now
+        stored.setdefault("optimizer", "adamw")  # there was no other
         return resume_options(stored, options, typed), state
     if not options.overwrite:
         for name in RUN_FILES:
@@ -306,8 +307,6 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
     ids = encode_with_bos(tokenizer, prompt)
     generator = torch.Generator(device).manual_seed(1)
     with evaluating(model):
-        if not model(torch.tensor([ids], device=device)).logits.isfinite().all():
-            return prompt  # a rate that was too high has left nothing to draw from
         stream = model.generate(
             [ids],
             length,
@@ -316,7 +315,10 @@ def write_sample(model: DeepSeek, tokenizer, device, prompt: str = "", length: i
             vocab_size=tokenizer.get_vocab_size(),
             generator=generator,
         )
-        return prompt + tokenizer.decode([int(t) for t in stream])
+        try:
+            return prompt + tokenizer.decode([int(t) for t in stream])
+        except FloatingPointError:  # a rate that was too high has left nothing to draw from
+            return prompt
 
 
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
@@ -521,6 +523,7 @@ class Trainer:
                 try:
                     self.allocate_moments()
                 except torch.OutOfMemoryError:
+                    self.optimizer.state.clear()  # it may be there in part
                     failed = True
                 failed = failed or self.forward_backward(self.model, inputs, targets, 2) is None
             self.optimizer.zero_grad()
@@ -596,7 +599,7 @@ class Trainer:
         self, lr: float, losses: dict[str, Tensor], load: Tensor, tokens: int, began: float
     ) -> tuple[dict[str, Any], Tensor]:
         """Clip, take the optimizer's step if everything is finite, and tell of it. All processes
-        come to the same numbers, waiting for the device once."""
+        come to the same numbers, waiting for the device once (in fp16, again for its scaler)."""
         loss = losses["cross_entropy"]
         late = time.perf_counter() - self.saved_at > 60 * SAVE_MINUTES
         flags = [torch.full_like(loss, self.stop_requested), torch.full_like(loss, late)]

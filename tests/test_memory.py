@@ -124,13 +124,17 @@ def test_a_step_that_outgrows_the_memory_later_is_taken_again_in_more_pieces(tmp
     assert card.run.options.grad_accum == 4
 
 
-def test_moments_are_there_before_the_first_step_and_change_nothing(tmp_path):
-    card, plain = Card(tmp_path / "a"), Card(tmp_path / "b")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_there_before_the_first_step_and_change_nothing(tmp_path, optimizer):
+    card, plain = (Card(tmp_path / name, optimizer=optimizer) for name in "ab")
     before = copy.deepcopy(card.model.state_dict())
     card.run.allocate_moments()
     assert same(card.model.state_dict(), before)
     for p in card.model.parameters():
-        assert not card.run.optimizer.state[p]["exp_avg"].any()
+        moments = card.run.optimizer.state[p]
+        assert moments and not any(t.any() for t in moments.values())
+    kinds = {name for moments in card.run.optimizer.state.values() for name in moments}
+    assert ("momentum_buffer" in kinds) == (optimizer == "muon")
     for each in (card, plain):
         torch.manual_seed(0)
         each.run.train_step(*batch_at(0))

@@ -51,6 +51,20 @@ def test_rounding_may_change_and_is_said_and_all_else_stays(run, begun):
     assert "finished: 6 steps" in run(f"{line} --log_level info")[1]
 
 
+def test_a_run_of_the_time_when_there_was_only_adamw_goes_on_with_it(run, corpus, tmp_path):
+    line = f"train {MODEL} --data {corpus} --steps 1 --optimizer adamw --out {tmp_path}/o"
+    assert run(line)[0] == 0
+    state = load(tmp_path / "o")
+    del state["args"]["optimizer"]
+    checkpoint.save_checkpoint(tmp_path / "o" / "ckpt.pt", state)
+    assert run(f"train --resume --steps 2 --optimizer adamw --out {tmp_path}/o")[0] == 0
+    state = load(tmp_path / "o")
+    assert state["step"] == 2 and state["args"]["optimizer"] == "adamw"
+    assert "exp_avg" in state["optimizer"]["state"][0]
+    code, _, err = run(f"train --resume --steps 3 --optimizer muon --out {tmp_path}/o")
+    assert code == 2 and "--optimizer muon differs from the run's adamw" in err
+
+
 def test_what_is_learned_may_not_change(run, begun):
     flags = (
         "--lr 0.5,--batch_size 8,--seq_len 16,--warmup 3,--schedule cosine,--beta2 0.9,--seed 3"
@@ -92,6 +106,8 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     "line, message",
     [
         ("train --size huge", "invalid choice: 'huge'"),
+        ("train --optimizer sgd", "invalid choice: 'sgd'"),
+        ("train --optimizer muon --low_memory", "do not go with --optimizer muon"),
         ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
         ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
         ("train --data {text} --lr nan", "--lr: 'nan' is not a number above 0"),

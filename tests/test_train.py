@@ -299,19 +299,30 @@ def options_of(**typed):
     return train.with_recipe(train.Options(**typed), config)
 
 
+def test_weights_that_are_not_finite_are_said_in_one_sentence(run, trained, tmp_path):
+    state = load(trained.parent)
+    model, tokenizer = checkpoint.build_model(state), data.load_tokenizer(state["tokenizer"])
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    checkpoint.save_model(tmp_path / "broken.pt", model, tokenizer)
+    code, _, err = run(f"sample --ckpt {tmp_path}/broken.pt")
+    assert code == 2 and err.count("\n") == 1 and "not finite" in err
+    assert trainer.write_sample(model, tokenizer, CPU, "Once") == "Once"  # a run goes on
+
+
 def test_the_recipe_fills_in_what_was_not_typed():
     def chosen(**typed):
         o = options_of(**typed)
         return o.lr, o.beta2, o.schedule, o.batch_size, o.minutes, o.steps, o.induction_init
 
-    assert chosen() == (3e-3, 0.99, "linear", 8, 5.0, None, 0.4)
+    assert chosen() == (5e-3, 0.99, "linear", 8, 5.0, None, 0.4)
     typed = dict(lr=0.1, beta2=0.5, schedule="step", batch_size=3, steps=7, induction_init=0.1)
     assert chosen(**typed) == (0.1, 0.5, "step", 3, None, 7, 0.1)
     assert chosen(size="v2") == (2.4e-4, 0.95, "step", 9216, None, 215_000, 0)  # the paper's
     assert options_of(low_memory=True).checkpoint_activations
     assert options_of().optimizer == "muon" and options_of(size="v2").optimizer == "adamw"
-    for flag in ("low_memory", "fsdp"):  # which Muon does not serve
-        assert options_of(**{flag: True}).optimizer == "adamw"
+    for typed in (dict(low_memory=True), dict(fsdp=True), dict(optimizer="adamw")):
+        assert options_of(**typed).optimizer == "adamw" and options_of(**typed).lr == 1.5e-3
+    assert options_of(size="1b", optimizer="muon").lr == options_of(size="1b").lr
 
 
 def test_a_recipe_goes_at_most_ten_times_through_a_text():
