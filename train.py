@@ -56,7 +56,7 @@ from deepseek import PRESETS, Config, DeepSeek
 # the default.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=1.5e-3, muon_lr=5e-3, beta2=0.99, schedule="linear", warmup=100,
+        batch_size=8, lr=1.5e-3, muon_lr=8e-3, beta2=0.99, schedule="linear", warmup=100,
         minutes=5.0, induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
@@ -172,14 +172,11 @@ def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memor
     if floor is not None:
         lines.append(f"floor    {floor:.4f} nats/token, the entropy of the stories")
     if floor is not None and options.size != "tiny":
-        lines.append(
-            f"note     the built-in stories have {vocabulary:,} different tokens, so this"
-            f" {options.size} has fewer parameters than at its own vocabulary"
-        )
         rounds = (options.steps or 0) * a_step / tokens
-        if rounds >= 1:
-            lines.append(f"note     {options.steps:,} steps go {rounds:.0f} times through them")
-        lines.append("note     --data tinystories has more text")
+        lines.append(
+            f"note     the stories are little text for {options.size}: {vocabulary:,} different tokens,"
+            f" read {rounds:.1f} times; --data tinystories has more"
+        )
     if trainer.step:
         lines.append(f"resumes  after step {trainer.step}")
     return "\n".join(lines)
