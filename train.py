@@ -174,8 +174,8 @@ def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memor
     if floor is not None and options.size != "tiny":
         rounds = (options.steps or 0) * a_step / tokens
         lines.append(
-            f"note     the stories are little text for {options.size}: {vocabulary:,} different tokens,"
-            f" read {rounds:.1f} times; --data tinystories has more"
+            f"note     the stories are little text for {options.size}: {vocabulary:,} different"
+            f" tokens, read {rounds:.1f} times; --data tinystories has more"
         )
     if trainer.step:
         lines.append(f"resumes  after step {trainer.step}")

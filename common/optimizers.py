@@ -76,20 +76,22 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape.setdefault(p.shape[-2:], []).append(p)
         for shape, parameters in by_shape.items():
-            wanted = []
             for p in parameters:
-                state = self.state[p]
-                if not state:  # AdamW looks for a "step" when it is loaded
-                    state |= {"momentum_buffer": torch.zeros_like(p), "step": torch.zeros(())}
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
-                ahead = p.grad.lerp(mean, MOMENTUM)  # Nesterov's: where the mean will go
-                wanted.append(ahead.reshape(-1, *shape))
-            steps = orthogonalise(torch.cat(wanted), self.dtype).split([len(w) for w in wanted])
-            for p, step in zip(parameters, steps, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # the entries of an orthogonal [m, n] have a root mean square of max(m, n)^-1/2
-                size = group["lr"] * STEP_SIZE * max(shape) ** 0.5
-                p.sub_(step.view_as(p), alpha=size)
+                if not self.state[p]:  # AdamW looks for a "step" when it is loaded
+                    zeros = {"momentum_buffer": torch.zeros_like(p), "step": torch.zeros(())}
+                    self.state[p] |= zeros
+            gradients = [p.grad for p in parameters]
+            means = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(means, gradients, 1 - MOMENTUM)
+            # Nesterov's: where the mean will go
+            ahead = [t.view(-1, *shape) for t in torch._foreach_lerp(gradients, means, MOMENTUM)]
+            steps = orthogonalise(torch.cat(ahead), self.dtype).float().split([*map(len, ahead)])
+            steps = [step.view_as(p) for step, p in zip(steps, parameters, strict=True)]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            # the entries of an orthogonal [m, n] have a root mean square of max(m, n)^-1/2
+            size = group["lr"] * STEP_SIZE * max(shape) ** 0.5
+            torch._foreach_sub_(parameters, steps, alpha=size)
+            for p in parameters:
                 p.grad = None
 
 
@@ -102,7 +104,8 @@ def orthogonalise(x: Tensor, dtype: torch.dtype, steps: int = 3) -> Tensor:
     x = x.to(dtype)
     for _ in range(steps):  # of s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, on all singular values
         gram = x @ x.mT  # b m m
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x.mT if tall else x
 
 
