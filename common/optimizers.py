@@ -84,7 +84,7 @@ class Muon(torch.optim.AdamW):
             means = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(means, gradients, 1 - MOMENTUM)
             # Nesterov's: where the mean will go
-            ahead = [t.view(-1, *shape) for t in torch._foreach_lerp(gradients, means, MOMENTUM)]
+            ahead = [t.reshape(-1, *shape) for t in torch._foreach_lerp(gradients, means, MOMENTUM)]
             steps = orthogonalise(torch.cat(ahead), self.dtype).float().split([*map(len, ahead)])
             steps = [step.view_as(p) for step, p in zip(steps, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
