@@ -56,7 +56,7 @@ from deepseek import PRESETS, Config, DeepSeek
 # the default.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=1.5e-3, muon_lr=8e-3, beta2=0.99, schedule="linear", warmup=100,
+        batch_size=8, lr=1.5e-3, muon_lr=5e-3, beta2=0.99, schedule="linear", warmup=100,
         minutes=5.0, induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),

@@ -16,7 +16,7 @@ LEFT_TO_ADAMW = ("embed_tokens", "lm_head", "mlp.gate.")
 MOMENTUM = 0.95  # of Muon
 # Root mean square of what Muon adds to a matrix at a rate of 1. With Moonlight's 0.2, embedding and
 # head, which AdamW trains, have too low a rate where that of the matrices is right.
-STEP_SIZE = 0.075
+STEP_SIZE = 0.12
 
 
 def make_optimizer(

@@ -27,15 +27,15 @@ def test_muon_steps_as_that_of_pytorch(shape):
     torch.manual_seed(0)
     ours = torch.nn.Linear(*shape, bias=False)
     theirs = copy.deepcopy(ours)
-    # theirs has steps of 0.2 instead of 0.075
-    recipe = dict(lr=0.00375, weight_decay=20.0, momentum=0.95, ns_steps=3)
+    # theirs has steps of 0.2 instead of 0.12
+    recipe = dict(lr=0.006, weight_decay=20.0, momentum=0.95, ns_steps=3)
     muon = torch.optim.Muon(theirs.parameters(), adjust_lr_fn="match_rms_adamw", **recipe)
     start = ours.weight.detach().clone()
-    mine = make_optimizer(ours, 1.0, 7.5, 0.99, "muon", torch.bfloat16)
+    mine = make_optimizer(ours, 1.0, 12.0, 0.99, "muon", torch.bfloat16)
     mine.param_groups[0]["lr"] = 0.01  # as the schedule does
     step_with_same_gradients([(ours, mine), (theirs, muon)])
     moved = (theirs.weight - start).norm()
-    assert moved / start.numel() ** 0.5 > 2e-3
+    assert moved / start.numel() ** 0.5 > 3e-3
     # both in bf16, which is rounded at other places
     assert (ours.weight - theirs.weight).norm() < 0.03 * moved
 
@@ -52,7 +52,7 @@ def test_muon_sets_the_singular_values_of_the_mean_gradient():
         s = s / s.square().sum().sqrt()
         for _ in range(3):
             s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-        expected = expected * (1 - 0.01 * 0.5) - 0.01 * 0.075 * 40**0.5 * (u * s) @ v
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * 0.12 * 40**0.5 * (u * s) @ v
         muon.step()
         assert torch.allclose(layer.weight, expected, atol=1e-12)
 
@@ -148,7 +148,7 @@ def test_a_step_for_little_memory_is_adamw_in_the_mean(compiled):
         exact.grad, many.grad = grad.float(), grad.repeat(4000, 1)
         adamw.step(), ours.step()
     moved = (exact - start).abs().mean()
-    assert moved > 2e-3  # half of a spacing of bf16, and less where weights are small
+    assert moved > 3e-3  # half of a spacing of bf16, and less where weights are small
     assert (many.float().mean(0) - exact).abs().max() < 0.1 * moved
 
 

@@ -314,7 +314,7 @@ def test_the_recipe_fills_in_what_was_not_typed():
         o = options_of(**typed)
         return o.lr, o.beta2, o.schedule, o.batch_size, o.minutes, o.steps, o.induction_init
 
-    assert chosen() == (8e-3, 0.99, "linear", 8, 5.0, None, 0.4)
+    assert chosen() == (5e-3, 0.99, "linear", 8, 5.0, None, 0.4)
     typed = dict(lr=0.1, beta2=0.5, schedule="step", batch_size=3, steps=7, induction_init=0.1)
     assert chosen(**typed) == (0.1, 0.5, "step", 3, None, 7, 0.1)
     assert chosen(size="v2") == (2.4e-4, 0.95, "step", 9216, None, 215_000, 0)  # the paper's
