@@ -94,16 +94,17 @@ class Options(RunOptions):
 def with_recipe(options: Options, base: Config) -> Options:
     """What was not typed, from the recipe of the size, and from its Config."""
     recipe = {"beta2": 0.95, "schedule": "step", "induction_init": 0.0} | RECIPES[options.size]
-    with_muon = "muon_lr" in recipe and not (options.low_memory or options.fsdp)
+    muon_lr = recipe.pop("muon_lr", None)
+    with_muon = muon_lr and not (options.low_memory or options.fsdp)
     recipe["optimizer"] = options.optimizer or ("muon" if with_muon else "adamw")
     if recipe["optimizer"] == "muon":
-        recipe["lr"] = recipe.get("muon_lr", recipe["lr"])
+        recipe["lr"] = muon_lr or recipe["lr"]
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)
     steps = options.steps or recipe.get("steps")
     recipe["warmup"] = min(recipe["warmup"], (steps or 10**9) // 10)
-    missing = {k: v for k, v in recipe.items() if getattr(options, k, "") is None}
+    missing = {k: v for k, v in recipe.items() if getattr(options, k) is None}
     low = options.low_memory or options.checkpoint_activations
     config = {"vocab_size": base.vocab_size} | options.config
     return replace(options, **missing, checkpoint_activations=low, config=config)
