@@ -148,6 +148,7 @@ def measure(name: str, seed: int, folder: Path, options: Options) -> list[dict[s
     run = TrainOptions(
         data=STORIES, device=options.device, out=str(folder), seed=seed, overwrite=True,
         log_level="quiet", eval_tokens=20_000, compile="off", grad_accum=1,
+        optimizer="adamw",  # the paper's
     )  # fmt: skip
     run = with_recipe(run, Config.preset(run.size))
     every = max(1, options.tokens // (run.batch_size * run.seq_len) // EVALUATIONS)
