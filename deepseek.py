@@ -1182,7 +1182,9 @@ class DeepSeek(nn.Module):
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
         logits = self.lm_head(x)  # B V
         if not logits.isfinite().all():
-            raise FloatingPointError("the logits are not finite: there is nothing to draw from")
+            raise FloatingPointError(
+                "the logits are not finite: compute in float32, or train at a lower rate"
+            )
         # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
         # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         cache.lengths = lengths
