@@ -145,6 +145,24 @@ def test_moments_are_there_before_the_first_step_and_change_nothing(tmp_path, op
         card.run.fit_memory(*batch_at(0))
 
 
+def test_moments_that_were_made_in_part_are_made_again(tmp_path):
+    card = Card(tmp_path / "a")
+    real, parameters = card.run.optimizer.step, list(card.model.parameters())
+    calls = []
+
+    def step():
+        real()
+        calls.append(1)
+        if len(calls) == 1:
+            for p in parameters[3:]:
+                del card.run.optimizer.state[p]
+            raise FULL
+
+    card.run.optimizer.step = step
+    card.run.fit_memory(*batch_at(0))
+    assert all(card.run.optimizer.state.get(p) for p in parameters)
+
+
 def test_the_estimate_is_near_what_a_card_took():
     shape = dict(moe_intermediate_size=320, n_routed_experts=64, num_experts_per_tok=6)
     config = Config.preset("1b", **shape)
