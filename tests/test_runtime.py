@@ -107,7 +107,10 @@ def test_the_command_that_began_a_run_goes_on_with_it_unless_the_text_has_change
     [
         ("train --size huge", "invalid choice: 'huge'"),
         ("train --optimizer sgd", "invalid choice: 'sgd'"),
-        ("train --optimizer muon --low_memory", "do not go with --optimizer muon"),
+        (
+            "train --data {text} --steps 1 --optimizer muon --low_memory",
+            "do not go with --optimizer muon",
+        ),
         ("train --data {text} --steps 0", "--steps: '0' is not a whole number of at least 1"),
         ("train --data {text} --minutes 0", "--minutes: '0' is not a number above 0"),
         ("train --data {text} --lr nan", "--lr: 'nan' is not a number above 0"),
