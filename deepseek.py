@@ -21,7 +21,7 @@ What differs from Llama is in parts 4, 6 and 7, and YaRN is in part 3. Config fi
 the official config.json, except for three with names of our own. Parameters are named as in the
 official checkpoint, except that there each expert has its own tensors, while here the experts of
 a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's. All that
-is ours is listed in docs/differences.md. Part 1 may be skipped at first, but for Config's fields.
+is ours is listed in docs/differences.md. You may skip part 1 at first, except for Config's fields.
 
 Symbols. Comments at the ends of lines give shapes in these letters.
 
@@ -88,15 +88,10 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-YARN_V2 = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
+YARN_V2 = dict(
+    type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
+    mscale=0.707, mscale_all_dim=0.707,
+)  # fmt: skip
 
 # Routing without groups, as in V2-Lite: no limit on devices, and only one balance loss.
 GREEDY = dict(
@@ -157,7 +152,7 @@ class Config:
     num_experts_per_tok: int = setting(6, "routed experts that a token uses")
     n_group: int = setting(8, "groups (devices) that the routed experts are divided into", 1)
     topk_group: int = setting(3, "groups that one token may reach", 1)
-    topk_method: str = setting("group_limited_greedy", "or greedy, without groups", "greedy")
+    topk_method: str = setting("group_limited_greedy", "or greedy: without groups", "greedy")
     norm_topk_prob: bool = setting(False, "normalise the K weights, unscaled", False, LOCAL)
     routed_scaling_factor: float = setting(16.0, "multiplies the weights", 1.0, least=1e-6)
     first_k_dense_replace: int = setting(1, "first layers with a dense feed-forward", 0, least=0)
@@ -271,7 +266,7 @@ def check_yarn(yarn: Any) -> None:
         names = ", ".join(YARN_V2)
         raise ConfigError(f"rope_scaling = {yarn!r} must be null, or an object with {names}")
     if yarn["type"] != "yarn":
-        raise ConfigError(f"rope_scaling type {yarn['type']!r} is not built in: yarn is")
+        raise ConfigError(f"rope_scaling type {yarn['type']!r} must be yarn")
     for key in yarn.keys() - {"type"}:
         least = {"factor": 1, "mscale_all_dim": 0}.get(key, 1e-9)
         check_type(f"rope_scaling {key}", yarn[key], float, least)
@@ -324,7 +319,7 @@ class RMSNorm(nn.Module):
 #    `factor`, so that no unseen angle occurs; in between there is a ramp. Of V2's 32 pairs, 0 to 10
 #    keep their speed, 11 runs at 0.925 of it, 16 at 0.55, 22 at 0.1, and 23 to 31 at 1/40. The ramp
 #    is linear in the pair's index, as in the official code; in the YaRN paper, in turns. YaRN is on
-#    for short inputs as well, because V2's last training steps used it.
+#    for short inputs as well, because V2 was trained with it at the end.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -358,8 +353,8 @@ def yarn_mscale(config: Config, key: str) -> float:
 
 
 def softmax_scale(config: Config) -> float:
-    """(dn + dr)^-1/2, times mscale^2 under YaRN, as if query and key were each scaled by mscale.
-    In V2 mscale = 1.2608 and its square 1.590, so the scale 0.0722 becomes 0.1147."""
+    """(dn + dr)^-1/2, times m^2 under YaRN, as if query and key were each scaled by m, which is
+    yarn_mscale of mscale_all_dim. In V2 m = 1.2608 and m^2 = 1.590, so 0.0722 becomes 0.1147."""
     return config.qk_head_dim**-0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
 
@@ -387,8 +382,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #    Ordinary attention caches K and V of every head: 2 x 128 x 128 = 32,768 numbers per token and
 #    layer in a model shaped like V2. MLA caches 576: a latent c, from which every head's key and
 #    value can be made, and one small key that carries the position.  [V2] section 2.1, eq. 9-19
-#    In the names of the matrices, D goes down to a low rank and U up from it; Q, K and V say what
-#    for, and R says that RoPE follows.
+#    In the paper's names of the matrices, D goes down to a low rank and U up from it; Q, K and V
+#    say for what, and R says that RoPE follows. (These are not the letters of the table above.)
 #
 #            x  [D]
 #            |
@@ -424,7 +419,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 #    Which is cheaper? Multiply-adds per head and layer of V2, with only c and k_pe cached, for
 #        1 query over 4,096 keys (decoding)          absorbed 4.6M     expanded 538M
-#        4,096 queries over 4,096 (a prompt)         absorbed 18.8G    expanded 5.9G
+#        4,096 queries over 4,096 (a prompt, with
+#            the half that causality masks)          absorbed 18.8G    expanded 5.9G
 #    Most of the 538M remake all keys and values for each new token; keeping them would undo the
 #    saving. Decoding is also bound by memory reads; absorbed reads 576 numbers per cached token,
 #    where stored keys and values of all heads would be 32,768.
@@ -438,16 +434,13 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
-    """Whether absorbed attention needs fewer multiply-adds for this many queries and keys.
-
-    Per head, absorbed takes 2R + dr for each query-key pair and R (dn + dv) for each query;
-    expanded takes dn + dr + dv for each pair and R (dn + dv) for each key. With a long cache V2
-    absorbs up to 170 queries at a time: it decodes absorbed and reads a prompt expanded. In full:
-
-        queries (keys (2R + dr) + R (dn + dv)) < keys (queries (dn + dr + dv) + R (dn + dv))
-    """
-    r, expand = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
-    return queries * keys * (2 * r - expand) < (keys - queries) * r * expand
+    """Whether absorbed attention needs fewer multiply-adds per head. With a long cache V2 absorbs
+    up to 170 queries at a time: it decodes absorbed and reads a prompt expanded."""
+    c, pairs = config, queries * keys
+    up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)  # W_UK and W_UV, for one token
+    absorbed = pairs * (2 * c.kv_lora_rank + c.qk_rope_head_dim) + queries * up
+    expanded = pairs * (c.qk_head_dim + c.v_head_dim) + keys * up
+    return absorbed < expanded
 
 
 @dataclass
@@ -494,8 +487,7 @@ def attention_context(
     positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
     ragged = start + T < end  # rows of different length
     if ragged:
-        ahead = torch.tensor([n - start for n in lengths], device=ids.device)
-        positions = positions + ahead[:, None]  # B T
+        positions = positions - start + torch.tensor(lengths, device=ids.device)[:, None]  # B T
     if absorb is None:
         absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
@@ -736,11 +728,8 @@ class Gate(nn.Module):
 def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
     """The balance losses of one MoE layer whose alpha is not 0: fp32 scalars, already weighted."""
     c = config
-    T, K = routing.index.shape[1:]
-    P = routing.scores.mean(1)  # B E
-    chosen = routing.index.flatten(1)  # B T*K
-    counts = torch.zeros_like(P).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=P.dtype))
-    f = counts * c.n_routed_experts / (K * T)  # B E
+    chosen = F.one_hot(routing.index.flatten(1), c.n_routed_experts).float()  # B T*K E
+    f, P = chosen.mean(1) * c.n_routed_experts, routing.scores.mean(1)  # 2 x B E
     P_group = P.unflatten(1, (c.n_group, -1)).sum(-1)  # B G
     f_group = f.unflatten(1, (c.n_group, -1)).mean(-1)  # B G
     f_sent = routing.allowed_groups.float().mean(1) * c.n_group / c.topk_group  # B G
@@ -803,26 +792,10 @@ FEW = 8
 
 
 def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
-    """The rows of x [n, D], each put at its place [n], all different, of a result [size, D]; other
-    rows are zeros."""
+    """The rows of x [n, D], each put at its place [n] of a result [size, D]; other rows are zeros.
+    The backward pass only looks rows up, where that of x[place] would add them up one by one."""
     rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
     return rows.index_put((place,), x)  # unlike index_copy, this does not keep x for backward
-
-
-class Collect(torch.autograd.Function):
-    """The way back: y [size, D] -> its rows at place, [n, D]. All places differ, so the backward
-    pass is `spread`; autograd's own would add up the rows one by one."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.size = len(y)
-        return y.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (place,) = ctx.saved_tensors
-        return spread(grad, place, ctx.size), None
 
 
 class Experts(nn.Module):
@@ -853,7 +826,7 @@ class Experts(nn.Module):
         return run(x.to(dtype), index, weights, gate_up, down)
 
     def can_group(self, device: torch.device) -> bool:
-        """Whether grouped_mm runs here; it needs rows whose size is a multiple of 16 bytes."""
+        """Whether grouped_mm runs here; its rows must have a multiple of 8 numbers (16 bytes)."""
         return device.type in ("cpu", "cuda") and not any(n % 8 for n in self.down_proj.shape[1:])
 
     def looped(self, x, index, weights, gate_up, down) -> Tensor:
@@ -876,7 +849,7 @@ class Experts(nn.Module):
         (N, D), K, expert = x.shape, index.shape[1], index.flatten()  # N*K
         # A CPU prepares a kernel for each number of rows that it meets. Starting runs at multiples
         # of 32 keeps these numbers few. Rows between the runs are zeros; what the products leave
-        # after the last run is undefined, and never read.
+        # after the last run is undefined. Neither is taken back.
         block = 32 if x.device.type == "cpu" else 1
         order = expert.argsort(stable=True)  # N*K
         count = torch.zeros(len(gate_up), dtype=torch.long, device=x.device)
@@ -886,12 +859,14 @@ class Experts(nn.Module):
         shift = (ends - space) - (count.cumsum(0) - count)  # padded start minus dense start
         row = torch.arange(N * K, device=x.device) + shift[expert[order]]  # N*K, all different
         place = torch.empty_like(row).scatter_(0, order, row)  # N*K: the row of each assignment
+        size = N * K + len(count) * (block - 1)  # rows, those between the runs included
+        back = row.new_full((size,), N * K).scatter_(0, row, order)  # rows: and the way back
         copies = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # N*K D
-        rows = spread(copies, place, N * K + len(count) * (block - 1))  # rows D
+        rows = spread(copies, place, size)  # rows D
         offs = ends.to(torch.int32)
         gate, up = F.grouped_mm(rows, gate_up.mT, offs=offs).chunk(2, -1)  # 2 x rows I
         y = F.grouped_mm(gated(gate, up), down.mT, offs=offs)  # rows D
-        y = Collect.apply(y, place).view(N, K, D)
+        y = spread(y, back, N * K + 1)[:-1].view(N, K, D)  # without those rows
         return (y * weights.unsqueeze(-1)).sum(1)
 
     def gathered(self, x, index, weights, gate_up, down) -> Tensor:
@@ -934,9 +909,8 @@ class MoE(nn.Module):
         y = self.experts(x.flatten(0, 1), index, weights.flatten(0, 1)).view_as(x)  # B T D
         if c.n_shared_experts:
             y = y + self.shared_experts(x)
-        share = torch.full([index.numel()], 1 / index.numel(), device=x.device)
-        load = torch.zeros(c.n_routed_experts, device=x.device)
-        return LayerOutput(y.to(x.dtype), losses, load.scatter_add_(0, index.flatten(), share))
+        load = F.one_hot(index, c.n_routed_experts).float().mean((0, 1))  # E
+        return LayerOutput(y.to(x.dtype), losses, load)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -958,14 +932,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: AttentionContext,
-        no_drop: Tensor | None = None,
-        layer_cache: Tensor | None = None,
-    ) -> LayerOutput:
-        """[B, T, D] -> the same shape, with the losses and the load of an MoE layer."""
+    def forward(self, x: Tensor, context, no_drop=None, layer_cache=None) -> LayerOutput:
+        """[B, T, D] -> the same shape, with the losses and the load of an MoE layer. The other
+        arguments are those of MLA and MoE."""
         x = x + self.self_attn(self.input_layernorm(x), context, layer_cache)
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
@@ -1044,7 +1013,7 @@ class SummedLoss(nn.Module):
 
 
 class DeepSeek(nn.Module):
-    """DeepSeek-V2 for a `Config`, freshly initialised, in fp32, on the CPU.
+    """DeepSeek-V2 for a `Config`, freshly initialised, in fp32, on the CPU unless told otherwise.
 
     Under `with torch.device("meta")` it takes no memory, for counting or for loading weights into.
     For mixed precision, wrap the call in `torch.autocast`.
@@ -1143,8 +1112,8 @@ class DeepSeek(nn.Module):
         """Continue prompts (ids [B, T], or B lists of any lengths), yielding ids [B] as they come.
 
         temperature 0 takes the most probable token. top_k keeps the k most probable tokens, top_p
-        the fewest that together reach that probability. A row that has produced `stop` keeps on
-        repeating it; the stream ends when all rows have (on a GPU up to seven tokens later), or
+        the fewest that together reach that probability. A row that has produced `stop` repeats it
+        from then on; the stream ends when all rows have (on a GPU up to seven tokens later), or
         when the context is full. Ids from vocab_size up (padding of the embedding) are never
         produced. compiled runs the steps after the prompt through torch.compile: that takes half a
         minute, and again for each new batch size or length of the cache, but then no processor
@@ -1154,23 +1123,20 @@ class DeepSeek(nn.Module):
         """
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
         if any(row.dim() != 1 for row in rows):
-            raise ValueError("prompts are rows of ids, as in [[0, 5, 7]], also where there is one")
+            raise ValueError("prompts are rows of ids, as in [[0, 5, 7]], even for one prompt")
         lengths, limit = [len(row) for row in rows], self.config.max_position_embeddings
         longest = max(lengths, default=0)
-        if self.training:
-            raise ValueError("generate needs model.eval(): token dropping is for training")
-        if min(lengths, default=0) == 0:
-            raise ValueError("a prompt is empty: give at least one token")
-        if longest >= limit:
-            raise ValueError(f"a prompt of {longest} tokens fills the context of {limit}")
-        for name, value, is_right in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
-            ("temperature", temperature, 0 <= temperature < math.inf),
-            ("top_k", top_k, top_k is None or top_k >= 1),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+        for is_right, message in (
+            (not self.training, "generate needs model.eval()"),
+            (min(lengths, default=0) > 0, "a prompt is empty: give at least one token"),
+            (longest < limit, f"a prompt of {longest} tokens fills the context of {limit}"),
+            (max_new_tokens >= 0, f"max_new_tokens = {max_new_tokens} is out of range"),
+            (0 <= temperature < math.inf, f"temperature = {temperature} is out of range"),
+            (top_k is None or top_k >= 1, f"top_k = {top_k} is out of range"),
+            (top_p is None or 0 < top_p <= 1, f"top_p = {top_p} is out of range"),
         ):
             if not is_right:
-                raise ValueError(f"{name} = {value} is out of range")
+                raise ValueError(message)
         if (max_new_tokens := min(max_new_tokens, limit - longest)) <= 0:
             return
         device, room = self.lm_head.weight.device, longest + max_new_tokens
@@ -1182,9 +1148,8 @@ class DeepSeek(nn.Module):
         x = self.model(ids, cache)[0][torch.arange(len(rows), device=device), position - 1]  # B D
         logits = self.lm_head(x)  # B V
         if not logits.isfinite().all():
-            raise FloatingPointError(
-                "the logits are not finite: compute in float32, or train at a lower rate"
-            )
+            advice = "compute in float32, or train at a lower rate"
+            raise FloatingPointError(f"the logits are not finite: {advice}")
         # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
         # the cache lies beyond each row's end, unseen, and is overwritten token by token.
         cache.lengths = lengths
@@ -1199,7 +1164,7 @@ class DeepSeek(nn.Module):
             yield token
             # A GPU would have to stop for the answer, so it is asked after every eighth token.
             look = stop is not None and (device.type == "cpu" or i % 8 == 0)
-            if i == max_new_tokens or look and bool(done.all()):
+            if i == max_new_tokens or (look and bool(done.all())):
                 return
             if decode:
                 logits = decode(token, position, cache.latents)  # B V
