@@ -49,6 +49,7 @@ def encode_chat(tokenizer: Tokenizer, turns: Sequence[tuple[str, str | None]]) -
 
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+KNOWN_ROWS = 'an "instruction" and an "output", "messages" or "conversations"'
 
 
 def texts_of(row: dict) -> list[str]:
@@ -68,7 +69,7 @@ def texts_of(row: dict) -> list[str]:
     roles = [ROLES.get(role, role) for role in roles]
     texts = [m["content"] if "content" in m else m["value"] for m in said]
     if roles[:1] != ["system"]:
-        roles, texts = ["system", *roles], ["", *texts]
+        roles, texts = ["system", *roles], [row.get("system") or "", *texts]
     in_turn = roles[1:] == ["user", "assistant"] * (len(roles) // 2) and len(roles) > 1
     return texts if in_turn else []
 
@@ -78,7 +79,7 @@ def read_dialogues(files: Iterable[Path]) -> tuple[list[Dialogue], Counter]:
     for a row of no kind that `texts_of` knows."""
     dialogues, remarks = [], Counter()
     for path in files:
-        for texts in read_rows(path, 'an "instruction" and an "output", or "messages"', texts_of):
+        for texts in read_rows(path, KNOWN_ROWS, texts_of):
             if texts:
                 turns = list(zip(texts[1::2], texts[2::2], strict=True))
                 dialogues.append(Dialogue(turns, texts[0]))

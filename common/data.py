@@ -135,6 +135,9 @@ def read_rows(path: Path, wanted: str, pick: Callable) -> Iterator[Sequence[str]
                 done += 1
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is not UTF-8 text ({error.reason}): convert it") from error
+        except json.JSONDecodeError as error:
+            where = path if is_list else f"{path}: row {done + 1}"
+            raise UsageError(f"{where} is not JSON ({error}): mend it") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: row {done + 1} lacks {wanted} ({error})") from error
 
@@ -259,7 +262,8 @@ def prepare(source: str, tokens: int | Tokenizer, cache: Path, also: Sequence[st
     which = tokens if isinstance(tokens, int) else tokens.to_str()
     key = f"{text} {which} {FORMAT} {[*also]} {tokenizers.__version__}"
     name = Path(source.replace(":", "-")).stem or "data"
-    short = name.encode()[:80].decode(errors="ignore")  # file systems allow 255 bytes
+    # file systems allow 255 bytes
+    short = name.encode(errors="replace")[:80].decode(errors="ignore")
     folder = cache / f"{short}-{hashlib.blake2b(key.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         with atomic_folder(folder) as partial:
@@ -409,8 +413,10 @@ def make_eval_set(rows: Iterable, tokenizer: Tokenizer, batch_size: int) -> Eval
     rows = sorted(rows, key=lambda row: -len(row[0]))
     batches = [pad(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     said = np.concatenate([targets[targets != IGNORE] for _, targets, *_ in rows])
-    names = map(tokenizer.id_to_token, said.tolist())  # a character for each byte
-    n_bytes = sum(len(name) for name in names if name not in (BOS, EOS))
+    # A token's name has a character for each byte, unless it was added, as DeepSeek's "ö" is.
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    names = [name for name in map(tokenizer.id_to_token, said.tolist()) if name not in (BOS, EOS)]
+    n_bytes = sum(len(name.encode() if name in added else name) for name in names)
     tags = [batch[2] for batch in batches if len(batch) > 2]
     return EvalSet([batch[:2] for batch in batches], len(said), n_bytes, tags=tags or None)
 

@@ -46,10 +46,11 @@ def read_data(options: RunOptions, tokenizer: Tokenizer) -> FinetuneData:
     if data.is_stories(options.data):
         return built_in(options, tokenizer)
     files, passed = data.find_corpus(options.data)
-    if all(path.suffix.lower() not in data.ROWS for path in files):
+    rows = [path for path in files if path.suffix.lower() in data.ROWS]
+    if not rows:
         return raw_text(options, tokenizer)
-    dialogues, remarks = chat.read_dialogues(files)
-    remarks[data.PASSED_OVER] = passed
+    dialogues, remarks = chat.read_dialogues(rows)
+    remarks[data.PASSED_OVER] = passed + len(files) - len(rows)
     return instructions(options, tokenizer, *chat.hold_out(dialogues), remarks)
 
 
@@ -59,9 +60,9 @@ def instructions(
     """Of dialogues; passed_over: how many rows were left out before, and why."""
     digest = hashlib.blake2b(repr((train, held_out)).encode()).hexdigest()
     examples, remarks = chat.make_examples(train, tokenizer, options.seq_len)
-    kept, _ = chat.make_examples(held_out, tokenizer, options.seq_len)
+    kept, others = chat.make_examples(held_out, tokenizer, options.seq_len)
     about = f"{len(examples):,} instructions, {len(kept):,} held out"
-    remarks = +(passed_over + remarks)  # those that are there
+    remarks = +(passed_over + remarks + others)  # those that are there
     about = ", ".join([about, *(f"{n:,} {what}" for what, n in remarks.items())])
     if not examples or not kept:
         what = f"{options.data} has too little that fits into {options.seq_len} tokens ({about})"

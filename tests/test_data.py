@@ -132,16 +132,24 @@ def test_a_text_may_have_these_names(tmp_path, name):
     assert data.find_corpus(str(tmp_path / name)) == ([tmp_path / name], 0)
 
 
+def test_bytes_are_those_of_the_text_also_where_tokens_were_added():
+    tokenizer = data.train_tokenizer(TEXTS, 300)
+    tokenizer.add_tokens(["ö", "ä"])  # as DeepSeek's
+    ids = np.array(tokenizer.encode("schöne Bäume, 猫").ids)
+    row = (np.array([0, *ids[:-1]]), ids)
+    assert data.make_eval_set([row], tokenizer, 8).bytes == len("schöne Bäume, 猫".encode())
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("a.txt", f" \n{SEPARATOR}\n".encode(), "too short to hold anything out"),
         ("a.txt", b"\xef\xbb\xbfcaf\xe9", "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', 'row 2 lacks a "text"'),
-        ("a.jsonl", b'{"text": "a"}\n\nnonsense', "row 2 lacks .*Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n\nnonsense', "row 2 is not JSON .*Expecting value"),
         ("a.jsonl", b'{"text": 5}', "row 1 lacks"),
         ("a.jsonl", b'{"text": "\\ud800"}', "row 1 lacks .* surrogates"),
-        ("a.json", b'{"text": "a"', "row 1 lacks"),
+        ("a.json", b'[{"text": "a"},\n{"text"', "a.json is not JSON .*line 2"),
         ("a.csv", b"a", "a.csv' is no .txt or .jsonl"),
     ],
 )
