@@ -32,6 +32,7 @@ from deepseek import (
     modules_of,
 )
 
+INDEX = "model.safetensors.index.json"  # which shard holds what
 # What this file builds in. A checkpoint that says otherwise is of another model.
 BUILT_IN = {
     "model_type": "deepseek_v2",
@@ -77,7 +78,8 @@ def read_json(path: Path, advice: str = "give another folder") -> dict[str, Any]
     try:
         return {} | json.loads(path.read_bytes())  # a TypeError where it is no object
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is missing or damaged: {advice}") from error
+        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise UsageError(f"{path} {what}: {advice}") from error
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -108,8 +110,8 @@ def find_checkpoint(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{source} is no folder here and cannot be fetched from the hub"
-            f" ({type(error).__name__}): check the name and the network"
+            f"{source} is not a folder here and cannot be fetched from the hub: check the name and"
+            " the network"
         ) from error
 
 
@@ -234,14 +236,17 @@ def save_pretrained(model: DeepSeek, folder: str | Path, shard_bytes: int = 5 * 
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
     for file, names in shards.filename_to_tensors.items():
         with written_whole(folder / file) as partial:
             save_file({name: tensors[name] for name in names}, partial, {"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(index, folder / "model.safetensors.index.json")
+        write_json(index, folder / INDEX)
+    for file in folder.glob("model*.safetensors*"):  # those before, once the new ones are there
+        if file.name not in shards.filename_to_tensors and (
+            file.name != INDEX or not shards.is_sharded
+        ):
+            file.unlink()
     write_json(config, folder / "config.json")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_what_is_not_this_model_or_damaged_is_refused_in_a_sentence(folder):
     refused(r"has no model\*.safetensors: \*.bin and other pickles are not read")
     for text in ("{", "[]", "\xff"):
         config.write_text(text, encoding="latin-1")
-        refused("config.json is missing or damaged")
+        refused("config.json is damaged")
 
 
 def test_what_is_needed_is_fetched_from_the_hub(folder, tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_what_is_needed_is_fetched_from_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("nobody/no-such-model", "no/such/model"):  # the latter cannot be one of the hub
-        with pytest.raises(UsageError, match=f"^{name} is no folder here and cannot be fetched"):
+        with pytest.raises(UsageError, match=f"^{name} is not a folder here and cannot be fetched"):
             formats.load_pretrained(name)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert formats.load_pretrained("somebody/a-model").config.n_group == 4
@@ -187,6 +188,15 @@ def test_files_pass_to_transformers_and_back_unchanged(overrides, shard_bytes, t
     other.save_pretrained(tmp_path / "theirs")
     back = formats.load_pretrained(tmp_path / "theirs")
     assert torch.equal(logits(back), logits(model)) and back.config == model.config
+
+
+def test_a_disk_that_fills_up_costs_no_weights_that_were_there(tmp_path, monkeypatch):
+    model = random_model(small())
+    formats.save_pretrained(model, tmp_path, 20_000)
+    monkeypatch.setattr(formats, "save_file", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(UsageError, match="No space left"):
+        formats.save_pretrained(model, tmp_path)
+    assert torch.equal(logits(formats.load_pretrained(tmp_path)), logits(model))
 
 
 def test_what_only_this_program_computes_stays_out(tmp_path):
@@ -268,7 +278,7 @@ def test_an_export_replaces_nothing_and_wants_its_tokenizer(exported, run, tmp_p
         assert code == 2 and said in err and (exported / "ckpt.pt").read_bytes() == before
     (tmp_path / "config.json").write_text("{}")
     code, _, err = run(f"sample --ckpt {tmp_path} --prompt x")
-    assert code == 2 and "tokenizer.json is missing or damaged: add that of the base" in err
+    assert code == 2 and "tokenizer.json does not exist: add that of the base" in err
 
 
 def test_a_part_of_training_alone_starts_anew_when_a_folder_is_read(folder, monkeypatch):
