@@ -60,9 +60,9 @@ class Options(RunOptions):
     data: str = flag(
         "stories", "stories, stories:N, alpaca; .json or .jsonl of instructions; .txt", FREE
     )
-    lora_rank: int = flag(16, "of an adapter", low=1)
-    alpha: float = flag(32.0, "its scale", low=0, above=True)
-    dropout: float = flag(0.0, "before it", low=0, high=0.99)
+    lora_rank: int = flag(16, "rank of the adapters", low=1)
+    alpha: float = flag(32.0, "scale of the adapters", low=0, above=True)
+    dropout: float = flag(0.0, "on the input of the adapters", low=0, high=0.99)
     target_modules: list[str] = flag(TARGETS, "layers to adapt, by name")
     full: bool = flag(False, "train all weights, without LoRA")
     compile: str = flag(
@@ -78,7 +78,7 @@ class Options(RunOptions):
 def check_flags(options: Options, typed: dict[str, Any]) -> None:
     """Raise UsageError for flags that do not go together."""
     base, out = Path(options.ckpt).resolve(), Path(options.out).resolve()
-    if out in (base, base.parent):
+    if out in (base, base.parent) and not options.resume:  # which knows the base
         raise UsageError(f"--out {options.out} holds the base {options.ckpt}: give another --out")
     for name in ("lora_rank", "alpha", "dropout", "target_modules"):
         if options.full and name in typed:
@@ -143,7 +143,7 @@ def main() -> None:
     options, state = open_run(options, typed)
     scored = any("val_loss_after" in record for record in read_log(Path(options.out) / "log.jsonl"))
     if state and scored and state["step"] >= (options.steps or math.inf):
-        say(options, f"finished: {state['step']} steps are done; more --steps go on")
+        say(options, f"finished: {state['step']} steps are done; a larger --steps goes on")
         return
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -167,10 +167,9 @@ def finetune(options: Options, state, device, dtype) -> None:
     if state and (state["text"] != digest or state["tokenizer"] != tokenizer.to_str()):
         raise UsageError(f"--data {options.data} or --ckpt {options.ckpt} is not that of the run")
 
-    keep = None
+    base = None
     if options.rehearsal:  # adapters leave the weights as they are, so the base shares them
         base = copy.deepcopy(model, {} if options.full else {id(p): p for p in model.parameters()})
-        keep = Rehearsal(base, tokenizer, options.rehearsal, options.seq_len, options.seed)
     if options.full:
         model.float().requires_grad_(True)  # Adam's small steps would be lost in bf16
     else:
@@ -195,6 +194,10 @@ def finetune(options: Options, state, device, dtype) -> None:
     if state:
         lines.append(f"resumes  after step {state['step']}")
     say(options, "\n".join(lines))
+    keep = None
+    if base:
+        say(options, f"rehearse the base writes {DOCUMENTS} texts first (--rehearsal 0: none)")
+        keep = Rehearsal(base, tokenizer, options.rehearsal, options.seq_len, options.seed)
 
     # Adapters begin at zero: this is the base.
     before = evaluate_all(model, tokenizer, lesson, device, dtype)
@@ -216,6 +219,8 @@ def finetune(options: Options, state, device, dtype) -> None:
         lambda: save_best(trainer),
     )
     if trainer.stop and trainer.step < (trainer.steps or math.inf):
+        if trainer.best == math.inf:  # sample.py needs the adapters
+            save_best(trainer)
         again = f"python finetune.py --resume --out {options.out}"
         say(options, f"stopped after step {trainer.step}, saved; {again} goes on")
         return

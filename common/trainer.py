@@ -434,11 +434,14 @@ class Trainer:
             ) from error
 
     def save(self, name: str = "ckpt.pt") -> None:
-        """All that is needed to go on exactly here, and to sample."""
-        self.saved_at = time.perf_counter()
+        """All that is needed to go on exactly here, and to sample; under another name the model
+        alone."""
+        to_go_on = name == "ckpt.pt"
+        if to_go_on:
+            self.saved_at = time.perf_counter()
         adapters = lora_state(self.model)  # their base stays where it came from
         weights = gather_full(adapters or self.model.state_dict())
-        moments = gather_full(self.optimizer.state_dict())
+        moments = gather_full(self.optimizer.state_dict()) if to_go_on else None
         if rank() > 0:
             return
         state = {
@@ -667,7 +670,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_requested = True
             if self.options.log_level != "quiet":  # os.write: print may have been interrupted
-                os.write(2, b"\nfinishing the step and saving; Ctrl-C again leaves without\n")
+                os.write(2, b"\nfinishing the step and saving; Ctrl-C again quits without\n")
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -63,14 +63,15 @@ def test_dialogues_of_several_turns_are_read(tmp_path):
     messages = {"messages": [{"role": role, "content": text} for role, text in parts]}
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     shared = {"conversations": [{"from": names[role], "value": text} for role, text in parts]}
+    beside = {"conversations": shared["conversations"][1:], "system": "s"}
     none = {"messages": messages["messages"][1:3]}
     strange = [[*parts[:2], ("tool", "b")], parts[:2], parts[:1], [], parts[2:4], parts[1:2] * 2]
     rows = [{"messages": [{"role": r, "content": t} for r, t in some]} for some in strange]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, [alpaca, messages, shared, none, *rows])))
+    path.write_text("\n".join(map(json.dumps, [alpaca, messages, shared, beside, none, *rows])))
     dialogues, remarks = chat.read_dialogues([path])
     whole = chat.Dialogue([("a", "b"), ("c", "d")], "s")
-    assert dialogues == [whole, whole, whole, chat.Dialogue([("a", "b")])]
+    assert dialogues == [whole, whole, whole, whole, chat.Dialogue([("a", "b")])]
     assert remarks == {"left out with other roles than user and assistant in turn": 6}
 
 
@@ -187,6 +188,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert summary["trainable"] == (total if full else rank)
 
     prompt = "--chat --temperature 0 --max_new_tokens 9 --prompt Big?"
+    if full:
+        assert checkpoint.load_checkpoint(out / "best.pt")["optimizer"] is None
     place = f"--ckpt {out}/best.pt" if full else f"--ckpt {trained} --lora {out}"
     said = run(f"sample {place} {prompt}")[1]
     assert said != run(f"sample --ckpt {trained} {prompt}")[1]
@@ -341,9 +344,11 @@ def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monke
         ("--data {cats} --overwrite --out {base}", "holds the base"),
         ("--data {cats} --target_modules nothing", "target 'nothing' is no linear layer"),
         ("--data {cats} --seq_len 64", "the model's context: give at most 32"),
+        ("--data {cats} --grad_accum 3", "must be a multiple of --grad_accum 3"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, message):
+def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(finetune, "Rehearsal", None)  # it takes minutes, and comes after
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "wide.json").write_text("[]", encoding="utf-16")
     line = line.format(tmp=tmp_path, cats=cats, base=trained.parent)
@@ -351,6 +356,27 @@ def test_bad_input_ends_in_one_sentence(run, trained, cats, tmp_path, line, mess
     code, _, err = run(f"finetune --ckpt {trained} --out {tmp_path}/o {line}")
     assert code == 2 and trained.read_bytes() == before
     assert message in err and err.count("\n") == 1
+
+
+def test_a_run_stopped_before_it_was_evaluated_can_be_sampled_and_resumed(
+    run, trained, cats, tmp_path, monkeypatch
+):
+    def fit(self, *_):
+        self.stop, self.steps = True, 5
+
+    monkeypatch.setattr(finetune.Trainer, "fit", fit)
+    line = f"finetune --ckpt {trained} --data {cats} --rehearsal 0 --out {tmp_path}/o"
+    assert "--resume" in run(line)[1]
+    assert run(f"sample --ckpt {trained} --lora {tmp_path}/o --max_new_tokens 1")[0] == 0
+    # the checkpoint knows its base, which need not be the default, out/ckpt.pt
+    finetune.check_flags(finetune.Options(out="out", resume=True), {})
+
+
+def test_of_a_folder_of_rows_and_texts_the_rows_are_taught(trained, cats):
+    cats.rename(cats.with_suffix(".jsonl")).write_text("\n".join(map(json.dumps, rows(PAIRS))))
+    (cats.parent / "README.txt").write_text("about cats")
+    lesson, _ = read_lesson(trained, data=str(cats.parent))
+    assert lesson.about.endswith("held out, 1 hidden or other files passed over")
 
 
 def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, cats, tmp_path):
