@@ -59,9 +59,9 @@ def draw_curves(log: Path, target: Path) -> None:
     """curves.png from log.jsonl: loss, and below it what else the log knows."""
     from matplotlib.figure import Figure  # takes a second
 
-    header, *records = read_log(log)
+    header, *records = [*read_log(log)] or [{}]
     records = [r for r in records if "loss" in r]  # without a summary at the end
-    if not records:
+    if not records or "args" not in header:  # somebody has removed the log
         return
     panels = {draw_loss: 3}  # and their heights
     if any("val_recall_by_kind" in r for r in records):
@@ -87,7 +87,8 @@ def draw_loss(axis, records: list[dict[str, Any]], header: dict[str, Any]) -> No
     axis.plot(steps, losses, color="tab:blue", alpha=0.2, lw=0.7)
     axis.plot(steps[span - 1 :], smooth, color="tab:blue", label="training, running mean")
     held_out = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, label="held out")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, label="held out")
     if floor := header.get("entropy_floor"):
         axis.axhline(floor, color="tab:red", ls="--", lw=1, label="entropy of the stories")
     # in logarithms, as the last tenths take most of the time

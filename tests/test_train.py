@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL, load, log_of, same
+from matplotlib.figure import Figure
 
 import train
 from common import checkpoint, data, optimizers, runlog, trainer
@@ -110,6 +111,11 @@ def test_a_run_on_the_stories_shows_the_floor_and_is_judged(run, tmp_path):
     assert {"name", "object", "place"} < set(records[-1]["val_recall_by_kind"])
     assert "little text for small" in out and "--data tinystories has more" in out
     runlog.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    runlog.draw_curves(tmp_path / "removed.jsonl", tmp_path / "none.png")  # does nothing
+    axis = Figure().subplots()
+    header = {"args": {"size": "tiny", "data": "a.txt"}}
+    runlog.draw_loss(axis, [{"step": 1, "loss": 2.0}], header)  # stopped before an evaluation
+    assert [text.get_text() for text in axis.get_legend().texts] == ["training, running mean"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     code, out, _ = run(f"sample --ckpt {tmp_path}/ckpt.pt --judge 3 --seed 0")
     assert code == 0 and "0 of 3 stories are valid" in out and "first mistakes: wording 3" in out
