@@ -58,7 +58,7 @@ class Options:
     )
     chat: bool = flag(False, "talk; with --prompt one answer")
     score: str | None = flag(None, "print the loss on a text file instead")
-    judge: int | None = flag(None, "judge so many sampled stories of a model of stories", low=1)
+    judge: int | None = flag(None, "sample so many stories and check each by the grammar", low=1)
     export: str | None = flag(None, "folder to write the model to in the official format, or a .pt")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is the best there")
     compile: bool = flag(False, "torch.compile for half a minute, then many texts go faster")
@@ -77,11 +77,14 @@ def main() -> None:
     # Files are written from the CPU's memory: a card would only have to hold the model, too.
     device = choose_device("cpu" if options.export else options.device)
     model, tokenizer = open_model(options.ckpt, device, options.dtype)
-    if options.lora:
+    if options.chat and options.lora is None and options.ckpt.endswith(".pt"):
+        said = "only a model that finetune.py has taught answers: give its --lora"
+        print(f"note: {said}", file=sys.stderr)
+    if options.lora is not None:
         load_lora(model, options.lora)
         if options.compile:  # or each token would sum the weights anew
             merge_lora(model)
-    if options.export:
+    if options.export is not None:
         merge_lora(model)
         path = Path(options.export)
         if path.suffix.lower() == ".pt":
@@ -89,7 +92,7 @@ def main() -> None:
         else:
             export(model, tokenizer, path, chat.CHAT_TEMPLATE)
         return
-    if options.score:
+    if options.score is not None:
         score(model, tokenizer, options.score, device)
         return
     generator = torch.Generator(device)

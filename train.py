@@ -73,7 +73,7 @@ class Options(RunOptions):
     """The flags of train.py; config: the fields of Config that were typed."""
 
     out: str = flag("out", "folder for what the run leaves", FREE)
-    size: str = flag("tiny", "of the model", choices=list(PRESETS))
+    size: str = flag("tiny", "size of the model", choices=list(PRESETS))
     data: str = flag(
         "stories", ".txt, .jsonl, folder of such, stories, stories:N, tinystories", FREE
     )
@@ -192,7 +192,7 @@ def main() -> None:
             if value != known[name]:
                 refuse_change(name, value, known[name])
     if state and state["step"] >= (options.steps or math.inf):
-        say(options, f"finished: {state['step']} steps are done; more --steps go on")
+        say(options, f"finished: {state['step']} steps are done; a larger --steps goes on")
         return
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -254,10 +254,11 @@ def train(options: Options, typed: dict[str, Any], state, device, dtype, memory:
         say(options, f"stopped after step {trainer.step}, saved; {again} goes on")
         return
     story = write_sample(model, tokenizer, device, length=200)
-    minutes = (time.perf_counter() - began) / 60
+    minutes = f"{(time.perf_counter() - began) / 60:.1f} minutes"
+    minutes += " since it was resumed" if options.resume else ""
     say(
         options,
-        f"\n{story}\n\n{trainer.step} steps, {trainer.tokens:,} tokens, {minutes:.1f} minutes:"
+        f"\n{story}\n\n{trainer.step} steps, {trainer.tokens:,} tokens, {minutes}:"
         f" {describe(record)}\nnext: python sample.py --ckpt {Path(options.out) / 'ckpt.pt'}",
     )
 

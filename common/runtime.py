@@ -127,9 +127,8 @@ def flag(
     """A field that is a flag. low, high: its limits, low itself excluded with above. The help text
     ends with the default, unless it speaks of it."""
     if "(default:" not in help:
-        said = (
-            "off" if default is False else " ".join(default) if type(default) is list else default
-        )
+        said = " ".join(default) if type(default) is list else default
+        said = "none" if default is None else "off" if default is False else said
         help = f"{help} (default: {said})"
     data = dict(help=help, on_resume=on_resume, low=low, high=high, above=above, choices=choices)
     if isinstance(default, list):
