@@ -373,10 +373,13 @@ def test_a_run_stopped_before_it_was_evaluated_can_be_sampled_and_resumed(
 
 
 def test_of_a_folder_of_rows_and_texts_the_rows_are_taught(trained, cats):
-    cats.rename(cats.with_suffix(".jsonl")).write_text("\n".join(map(json.dumps, rows(PAIRS))))
+    (question, _), *_ = (dialogue.turns[0] for dialogue in chat.hold_out(DIALOGUES)[1])
+    some = [(q, "" if q == question else a) for q, a in PAIRS]
+    cats.rename(cats.with_suffix(".jsonl")).write_text("\n".join(map(json.dumps, rows(some))))
     (cats.parent / "README.txt").write_text("about cats")
     lesson, _ = read_lesson(trained, data=str(cats.parent))
-    assert lesson.about.endswith("held out, 1 hidden or other files passed over")
+    assert ", 1 left out without an answer" in lesson.about
+    assert ", 1 hidden or other files passed over" in lesson.about
 
 
 def test_a_run_is_resumed_on_its_own_text_and_base_or_overwritten(run, trained, cats, tmp_path):
