@@ -1,5 +1,6 @@
 """Fine-tuning: what is asked, what counts, what is kept, and what a user can do wrong."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -11,7 +12,7 @@ import torch
 from conftest import MODEL, log_of, random_model, same, small
 
 import finetune
-from common import chat, checkpoint, data, lessons, stories
+from common import chat, checkpoint, data, lessons, rehearsal, stories
 from common.runtime import UsageError
 from deepseek import Config
 
@@ -164,6 +165,35 @@ def test_padding_changes_no_answers_loss():
     assert model(inputs, targets).loss.item() == pytest.approx(alone.item() / 34, rel=1e-5)
 
 
+def test_rehearsing_costs_the_divergence_from_the_base_per_token(trained):
+    state = checkpoint.load_checkpoint(trained)
+    base = checkpoint.build_model(state)
+    model = copy.deepcopy(base)
+    tokenizer = data.load_tokenizer(state["tokenizer"])
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    keep = rehearsal.Rehearsal(base, tokenizer, rehearsal.DOCUMENTS, 20, seed=0)  # all at once
+    assert keep.ids.shape == keep.real.shape == (rehearsal.DOCUMENTS, 20)
+    assert (keep.ids[:, 0] == 0).all() and len(keep.ids.unique(dim=0)) > 250
+    assert not keep.real.all() and (keep.ids[keep.real] != 1).all()  # some ended, and nothing after
+    total = 0.0
+    for ids, real in zip(keep.ids, keep.real, strict=True):
+        n = int(real.sum())  # up to the end of the document
+        assert n == 20 or not real[n:].any()
+        p, q = (m(ids[None, :n]).logits[0].double().softmax(-1) for m in (base, model))
+        total += (p * (p / q).log()).sum()
+    expected = rehearsal.EVERY * total / keep.real.sum()
+    assert expected > 0.01
+    assert keep.loss(model, 8, 0, 1).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert keep.loss(base, 8, 0, 1).abs() < 1e-6
+    some = rehearsal.Rehearsal(base, tokenizer, 5, 20, seed=0)
+    parts = [some.loss(model, 4, piece, 3) for piece in range(3)]
+    assert sum(parts).item() == pytest.approx(some.loss(model, 4, 0, 1).item(), rel=1e-4)
+    assert some.loss(model, 5, 0, 1) == 0 != some.loss(model, 0, 0, 1)
+    assert some.loss(model, 0, 0, 1) != some.loss(model, 4, 0, 1)  # other documents
+
+
 @pytest.mark.parametrize("full", ["", "--full"])
 def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     before, out = trained.read_bytes(), tmp_path / "o"
@@ -176,6 +206,8 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert trained.read_bytes() == before
     header, *records, summary = log_of(out)
     assert [r["step"] for r in records] == list(range(1, 31))
+    every = rehearsal.EVERY
+    assert [r["rehearsal"] > 0 for r in records[1:]] == [i % every == 0 for i in range(1, 30)]
     assert summary["val_loss_after"] < summary["val_loss_before"] - 0.2
     best = min(r["val_loss"] for r in records if "val_loss" in r)
     assert summary["val_loss_after"] == pytest.approx(best, rel=1e-5)
