@@ -78,7 +78,7 @@ def main() -> None:
     device = choose_device("cpu" if options.export else options.device)
     model, tokenizer = open_model(options.ckpt, device, options.dtype)
     if options.chat and options.lora is None and options.ckpt.endswith(".pt"):
-        said = "only a model that finetune.py has taught answers: give its --lora"
+        said = "without --lora, only a model of finetune.py --full answers questions"
         print(f"note: {said}", file=sys.stderr)
     if options.lora is not None:
         load_lora(model, options.lora)
