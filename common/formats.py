@@ -242,10 +242,9 @@ def save_pretrained(model: DeepSeek, folder: str | Path, shard_bytes: int = 5 * 
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(index, folder / INDEX)
+    written = {*shards.filename_to_tensors, INDEX if shards.is_sharded else ""}
     for file in folder.glob("model*.safetensors*"):  # those before, once the new ones are there
-        if file.name not in shards.filename_to_tensors and (
-            file.name != INDEX or not shards.is_sharded
-        ):
+        if file.name not in written:
             file.unlink()
     write_json(config, folder / "config.json")
 
