@@ -434,8 +434,8 @@ class Trainer:
             ) from error
 
     def save(self, name: str = "ckpt.pt") -> None:
-        """All that is needed to go on exactly here, and to sample; under another name the model
-        alone."""
+        """All that is needed to go on exactly here, and to sample. A file of another name lacks the
+        optimizer's state: it is to sample from alone."""
         to_go_on = name == "ckpt.pt"
         if to_go_on:
             self.saved_at = time.perf_counter()
@@ -670,7 +670,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_requested = True
             if self.options.log_level != "quiet":  # os.write: print may have been interrupted
-                os.write(2, b"\nfinishing the step and saving; Ctrl-C again quits without\n")
+                os.write(2, b"\nfinishing the step and saving; Ctrl-C again quits at once\n")
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
