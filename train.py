@@ -53,7 +53,7 @@ from deepseek import PRESETS, Config, DeepSeek
 
 # What each size is trained with unless told otherwise; of the official sizes, what the paper says
 # (5.7T and 8.1T tokens), less the growing of V2's batch. muon_lr: the rate with Muon, which is then
-# the default.
+# the default; half of it in long runs, as at the full rate some seeds never learn far facts.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         batch_size=8, lr=1.5e-3, muon_lr=5e-3, beta2=0.99, schedule="linear", warmup=100,
@@ -65,6 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }  # fmt: skip
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer tells
+LONG = dict(steps=2000, minutes=10)  # a run that is longer is a long one
 ROUNDS = 10  # that a recipe goes through a text at most
 
 
@@ -97,8 +98,9 @@ def with_recipe(options: Options, base: Config) -> Options:
     muon_lr = recipe.pop("muon_lr", None)
     with_muon = muon_lr and not (options.low_memory or options.fsdp)
     recipe["optimizer"] = options.optimizer or ("muon" if with_muon else "adamw")
-    if recipe["optimizer"] == "muon":
-        recipe["lr"] = muon_lr or recipe["lr"]
+    if recipe["optimizer"] == "muon" and muon_lr:
+        is_long = any((getattr(options, name) or 0) > most for name, most in LONG.items())
+        recipe["lr"] = muon_lr / 2 if is_long else muon_lr
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)

@@ -330,6 +330,13 @@ def test_the_recipe_fills_in_what_was_not_typed():
     for typed in (dict(low_memory=True), dict(fsdp=True), dict(optimizer="adamw")):
         assert options_of(**typed).optimizer == "adamw" and options_of(**typed).lr == 1.5e-3
     assert options_of(size="1b", optimizer="muon").lr == options_of(size="1b").lr
+    for length, rate in (
+        (dict(steps=2000), 5e-3),
+        (dict(steps=2001), 2.5e-3),
+        (dict(minutes=60), 2.5e-3),
+    ):
+        assert options_of(**length).lr == rate and options_of(lr=4e-3, **length).lr == 4e-3
+        assert options_of(optimizer="adamw", **length).lr == 1.5e-3
 
 
 def test_a_run_has_the_optimizer_that_its_flags_name(trained, tmp_path):
