@@ -303,7 +303,7 @@ def lora_state(model: DeepSeek) -> dict[str, Tensor]:
 def fingerprint(model: DeepSeek, signs: bool = False) -> str:
     """A hash of a few numbers of each tensor, by which a model is known; of their signs alone, it
     stays when the weights are rounded to another dtype."""
-    some = hashlib.blake2b(digest_size=16)
+    some = hashlib.blake2b()
     for _, p in inference_parameters(model):
         few = p.detach().flatten()[:64].float().cpu()
         some.update((few.signbit() if signs else few).numpy().tobytes())
