@@ -65,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }  # fmt: skip
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer tells
-LONG = dict(steps=2000, minutes=10)  # a run that is longer is a long one
+LONG = dict(steps=2000, minutes=10)  # a run of more has half of muon_lr
 ROUNDS = 10  # that a recipe goes through a text at most
 
 

@@ -333,7 +333,8 @@ def test_the_recipe_fills_in_what_was_not_typed():
     for length, rate in (
         (dict(steps=2000), 5e-3),
         (dict(steps=2001), 2.5e-3),
-        (dict(minutes=60), 2.5e-3),
+        (dict(minutes=10), 5e-3),
+        (dict(minutes=10.1), 2.5e-3),
     ):
         assert options_of(**length).lr == rate and options_of(lr=4e-3, **length).lr == 4e-3
         assert options_of(optimizer="adamw", **length).lr == 1.5e-3
