@@ -10,6 +10,7 @@ Teach a trained model to do what it is told, with LoRA: small matrices beside fr
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import load_checkpoint, open_model
-from common.formats import fingerprint, load_lora, save_lora
+from common.formats import load_lora, save_lora
 from common.lessons import FinetuneData, evaluate_all, example, read_data, score_table, summarise
 from common.memory import fixed_memory, plan_pieces
 from common.rehearsal import DOCUMENTS, EVERY, Rehearsal
@@ -39,7 +40,7 @@ from common.runtime import (
     say,
 )
 from common.trainer import RunOptions, Trainer, evaluate, open_run, run_lock
-from deepseek import MLA_PROJECTIONS, Config, add_lora, remove_lora
+from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, remove_lora
 
 RECIPE = dict(batch_size=16, lr=4e-3, beta2=0.99, schedule="linear")
 FULL_RECIPE = RECIPE | dict(lr=2e-3)
@@ -107,6 +108,14 @@ def with_steps(options: Options, lesson: FinetuneData) -> Options:
         minutes = BUILT_IN_MINUTES if lesson.tasks else None
     warmup = min(WARMUP, (steps or 10**9) // 10) if options.warmup is None else options.warmup
     return replace(options, steps=steps, minutes=minutes, warmup=warmup)
+
+
+def fingerprint(model: DeepSeek) -> str:
+    """A hash of a few numbers of each tensor, by which a resumed run knows its base."""
+    some = hashlib.blake2b()
+    for tensor in model.state_dict().values():
+        some.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return some.hexdigest()
 
 
 def save_best(trainer: Trainer) -> None:

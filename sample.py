@@ -81,9 +81,7 @@ def main() -> None:
         said = "without --lora, only a model of finetune.py --full answers questions"
         print(f"note: {said}", file=sys.stderr)
     if options.lora is not None:
-        if not load_lora(model, options.lora):
-            other = f"{options.lora} was trained on another model than {options.ckpt}"
-            print(f"note: {other}, and may make it worse", file=sys.stderr)
+        load_lora(model, options.lora)
         if options.compile:  # or each token would sum the weights anew
             merge_lora(model)
     if options.export is not None:

@@ -5,7 +5,6 @@ on the Hugging Face hub) and PEFT's adapters, in and out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -300,16 +299,6 @@ def lora_state(model: DeepSeek) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if ".lora_" in k}
 
 
-def fingerprint(model: DeepSeek, signs: bool = False) -> str:
-    """A hash of a few numbers of each tensor, by which a model is known; of their signs alone, it
-    stays when the weights are rounded to another dtype."""
-    some = hashlib.blake2b()
-    for _, p in inference_parameters(model):
-        few = p.detach().flatten()[:64].float().cpu()
-        some.update((few.signbit() if signs else few).numpy().tobytes())
-    return some.hexdigest()
-
-
 def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; base: where the
     model comes from. The dropout, which acts in training only, is kept if no MLP has adapters.
@@ -335,14 +324,13 @@ def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> N
     }
     state = {PEFT_PREFIX + name: tensor for name, tensor in lora_state(model).items()}
     with written_whole(Path(folder) / "adapter_model.safetensors") as partial:
-        save_file(state, partial, {"format": "pt", "weights": fingerprint(model, signs=True)})
+        save_file(state, partial, {"format": "pt"})
     write_json(record, Path(folder) / "adapter_config.json")
 
 
-def load_lora(model: DeepSeek, folder: str | Path) -> bool:
+def load_lora(model: DeepSeek, folder: str | Path) -> None:
     """Freeze the model and give it the adapters of a folder written by `save_lora` or by PEFT.
-    False if the file says that they were trained beside other weights than the model has. Raises
-    UsageError for a damaged file, another kind of adapter, or one that does not fit."""
+    Raises UsageError for a damaged file, another kind of adapter, or one of another base."""
     record = read_json(Path(folder) / "adapter_config.json")
     for name, value in record.items():
         if name not in PEFT_FREE and value not in PEFT_ONLY.get(name, [None, False, {}, []]):
@@ -357,8 +345,8 @@ def load_lora(model: DeepSeek, folder: str | Path) -> bool:
             f"{folder} has lora_alpha = {alpha!r}, lora_dropout = {dropout!r}: numbers above 0,"
             " and below 1, are needed"
         )
-    file = Path(folder) / "adapter_model.safetensors"
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(file)}
+    stored = read_tensors(Path(folder) / "adapter_model.safetensors")
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored}
     linear = modules_of(model, nn.Linear)
     names = [name for name in linear if f"{name}.lora_A.weight" in state]
     asked = {}
@@ -368,6 +356,3 @@ def load_lora(model: DeepSeek, folder: str | Path) -> bool:
     check_fit(folder, state, asked, "give the adapters' own base, and those of linear layers only")
     add_lora(model, rank, alpha, names, dropout)
     model.load_state_dict(state, strict=False)
-    with safe_open(file, "pt") as stored:
-        told = (stored.metadata() or {}).get("weights")
-    return told in (None, fingerprint(model, signs=True))

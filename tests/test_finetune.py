@@ -228,12 +228,6 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     assert said != plain and "only a model of finetune.py --full answers" in note
     assert bool(full) or not notes
     assert f"next: python sample.py {place} --chat" in text
-    if not full:
-        other = checkpoint.load_checkpoint(trained, mmap=False)
-        other["model"]["lm_head.weight"].neg_()
-        checkpoint.save_checkpoint(out.parent / "other.pt", other)
-        _, _, note = run(f"sample --ckpt {out.parent}/other.pt --lora {out} {prompt}")
-        assert f"{out} was trained on another model than {out.parent}/other.pt" in note
 
     state = checkpoint.load_checkpoint(out / "ckpt.pt", mmap=False)
     checkpoint.save_checkpoint(out / "ckpt.pt", state | {"best_val_loss": 0.0})  # the best is over

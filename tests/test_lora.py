@@ -189,18 +189,6 @@ def test_what_peft_makes_is_read_to_the_same_logits_or_refused(settings, refused
         close(logits(model), expected)
 
 
-def test_adapters_know_their_base_in_any_dtype_and_tell_it_from_another(tmp_path):
-    model = adapted()
-    save_lora(model, tmp_path)
-    remove_lora(model)
-    assert load_lora(model, tmp_path)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert load_lora(random_model(small()).to(dtype), tmp_path)
-    assert not load_lora(random_model(small(), seed=1), tmp_path)
-    made_by_peft(random_model(small()), tmp_path / "peft")  # which keeps no such record
-    assert load_lora(random_model(small(), seed=1), tmp_path / "peft")
-
-
 def test_adapters_of_another_base_and_damaged_ones_are_refused(tmp_path):
     def refused(message, **overrides):
         model = random_model(small(**overrides))
