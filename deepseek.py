@@ -20,7 +20,7 @@ Contents, to be read from top to bottom:
 What differs from Llama is in parts 4, 6 and 7, and YaRN is in part 3. Config fields are those of
 the official config.json, except for three with names of our own. Parameters are named as in the
 official checkpoint, except that there each expert has its own tensors, while here the experts of
-a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's. All that
+a layer are stacked. The sizes tiny, small and 1b are ours; v2-lite and v2 are DeepSeek's. What else
 is ours is listed in docs/differences.md. You may skip part 1 at first, except for Config's fields.
 
 Symbols. Comments at the ends of lines give shapes in these letters.
@@ -80,8 +80,8 @@ TRAINING = "training"  # it affects only training
 def setting(
     default: Any, meaning: str, absent: Any = MISSING, role: str = OFFICIAL, least: float = 1
 ) -> Any:
-    """A field of Config. absent: the value meant by a stored configuration without the field
-    (MISSING: the field is required). least: the smallest number allowed."""
+    """A field of Config. absent: what a config.json without the field means, as transformers reads
+    it (MISSING: the field is required). least: the smallest number allowed."""
     metadata = dict(meaning=meaning, absent=absent, role=role, least=least)
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -104,7 +104,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
         q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
         v_head_dim=48, intermediate_size=512, moe_intermediate_size=96, n_routed_experts=16,
-        n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=256, rope_theta=100.0,
+        n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=256,
+        rope_theta=100.0,  # ours, see docs/differences.md
         initializer_range=0.04,
     ),
     "small": OURS | dict(
@@ -194,8 +195,8 @@ class Config:
         return cls(**values | absent)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer (0-based) has experts. The first has none, because its experts' load would
-        be especially slow to become balanced ([MoE] 5.1.2)."""
+        """Whether layer (0-based) has experts. The first has none, because load balance converges
+        especially slowly there ([MoE] 5.1.2)."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -319,7 +320,7 @@ class RMSNorm(nn.Module):
 #    `factor`, so that no unseen angle occurs; in between there is a ramp. Of V2's 32 pairs, 0 to 10
 #    keep their speed, 11 runs at 0.925 of it, 16 at 0.55, 22 at 0.1, and 23 to 31 at 1/40. The ramp
 #    is linear in the pair's index, as in the official code; in the YaRN paper, in turns. YaRN is on
-#    for short inputs as well, because V2 was trained with it at the end.
+#    for short inputs as well, because V2's last phase of training used it.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -346,15 +347,16 @@ def rope_frequencies(config: Config, device: torch.device | None = None) -> Tens
 
 
 def yarn_mscale(config: Config, key: str) -> float:
-    """0.1 a ln(factor) + 1. Over long contexts attention spreads out; this sharpens it again."""
+    """0.1 a ln(factor) + 1, where a is the value of key. Over long contexts attention spreads out;
+    this sharpens it again."""
     yarn = config.rope_scaling or {}
     a = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])  # the official defaults
     return 0.1 * a * math.log(yarn.get("factor", 1.0)) + 1.0
 
 
 def softmax_scale(config: Config) -> float:
-    """(dn + dr)^-1/2, times m^2 under YaRN, as if query and key were each scaled by m, which is
-    yarn_mscale of mscale_all_dim. In V2 m = 1.2608 and m^2 = 1.590, so 0.0722 becomes 0.1147."""
+    """(dn + dr)^-1/2, times m^2 under YaRN, which multiplies query and key by m each. In V2
+    m = 0.1 * 0.707 * ln(40) + 1 = 1.2608 and m^2 = 1.590, so 0.0722 becomes 0.1147."""
     return config.qk_head_dim**-0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
 
@@ -362,7 +364,7 @@ def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for each position and pair: [...] -> 2 x [..., dr/2], fp32.
 
     They are computed anew in each pass: frequencies stored in the model would be cast to bf16
-    with it, and at position 1000 the angles would then be off by up to 0.4 radians.
+    with it, and at position 1000 some angles would then be off by more than 0.4 radians.
     """
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     scale = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
@@ -417,25 +419,28 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #    All heads then read one small memory, as in multi-query attention. W_UQ and W_UK are not merged
 #    in advance: in V2 the merged matrix has 100.7M weights a layer, the two together only 33.6M.
 #
-#    Which is cheaper? Multiply-adds per head and layer of V2, with only c and k_pe cached, for
-#        1 query over 4,096 keys (decoding)          absorbed 4.6M     expanded 538M
-#        4,096 queries over 4,096 (a prompt, with
-#            the half that causality masks)          absorbed 18.8G    expanded 5.9G
-#    Most of the 538M remake all keys and values for each new token; keeping them would undo the
-#    saving. Decoding is also bound by memory reads; absorbed reads 576 numbers per cached token,
-#    where stored keys and values of all heads would be 32,768.
+#    Which is cheaper? Multiply-adds per head of V2, with only c and k_pe cached:
+#                                                         absorbed            expanded
+#        each pair of a query and a key                   2 R + dr = 1,088    dn + dr + dv = 320
+#        W_UK and W_UV, R (dn + dv) = 131,072             for each query      for each key
+#        1 query over 4,096 keys (decoding)               4.6M                538M
+#        4,096 queries over 4,096 keys (a prompt;
+#            causality hides half of the pairs)           18.8G               5.9G
+#    So absorbing pays for fewer than 131,072 / (1,088 - 320) = 170 queries over a long cache: V2
+#    decodes absorbed and reads a prompt expanded. Decoding is also bound by memory reads; absorbed
+#    reads 576 numbers per cached token, where ordinary attention would read 32,768.
 #
-#    Why the key is decoupled. RoPE on k_nope would put a rotation between q and W_UK: with the
-#    query at m and the key at n, the score would be q^T Rot(n - m) W_UK c_n. The absorbed query,
-#    W_UK^T Rot(m - n) q, would then have to be made anew for every cached n. So position gets dr
-#    numbers of its own, which do not pass through W_UK. All heads share one k_pe: a k_pe per head
-#    would take 128 x 64 = 8,192 numbers of the cache instead of 64.
+#    Why the key is decoupled. Otherwise absorbing would not work: RoPE on k_nope would put a
+#    rotation between q_nope and W_UK. With the query at m and the key at n, the score would be
+#    <Rot(q_nope, m - n), W_UK c_n>, and the absorbed query, W_UK^T Rot(q_nope, m - n), would have
+#    to be made anew for every cached n. So position gets dr numbers of its own, which do not pass
+#    through W_UK. All heads share one k_pe: a k_pe per head would take 128 x 64 = 8,192 numbers of
+#    the cache instead of 64.
 # ----------------------------------------------------------------------------------------------
 
 
 def absorbing_is_cheaper(config: Config, queries: int, keys: int) -> bool:
-    """Whether absorbed attention needs fewer multiply-adds per head. With a long cache V2 absorbs
-    up to 170 queries at a time: it decodes absorbed and reads a prompt expanded."""
+    """Whether absorbed attention needs fewer multiply-adds per head."""
     c, pairs = config, queries * keys
     up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)  # W_UK and W_UV, for one token
     absorbed = pairs * (2 * c.kv_lora_rank + c.qk_rope_head_dim) + queries * up
@@ -484,10 +489,9 @@ def attention_context(
         raise ValueError(f"{end} tokens do not fit: the model's context ends at {limit}")
     if cache and end > cache.latents[0].shape[1]:
         raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents[0].shape[1]}")
-    positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
     ragged = start + T < end  # rows of different length
-    if ragged:
-        positions = positions - start + torch.tensor(lengths, device=ids.device)[:, None]  # B T
+    first = torch.tensor(lengths if ragged else [start], device=ids.device)[:, None]  # B or 1, 1
+    positions = first + torch.arange(T, device=ids.device)  # [B or 1, T]
     if absorb is None:
         absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
@@ -578,9 +582,9 @@ class MLA(nn.Module):
         T = q.shape[2]
         causal = mask is None and T > 1
         if causal and T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            # On a CPU, flash attention takes twice as long as scores written out in full, while
-            # these are few: writing them out saves 18% of tiny's training step. As in the official
-            # code, the scores are rounded to bf16; flash attention keeps them in fp32.
+            # On a CPU, flash attention is slower than scores written out in full, while these are
+            # few. As in the official code, the scores are rounded to bf16; flash attention keeps
+            # them in fp32.
             future = q.new_full((T, T), -torch.inf).triu(1)
             scores = torch.add(future, q @ k.mT, alpha=self.scale)  # B H T T
             return (scores.softmax(-1) @ v).transpose(1, 2)  # B T H dv
@@ -603,8 +607,8 @@ class MLA(nn.Module):
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # H dn R, H dv R
         q_latent = q_nope.transpose(1, 2) @ w_uk  # B H T dn, H dn R -> B H T R
         q = torch.cat([q_latent, q_pe.transpose(1, 2)], -1)  # B H T C
-        # All heads read one memory, so H heads of T queries act as one head of H*T queries. What
-        # is cached of a token is its key, and c alone its value.
+        # All heads read one memory, so H heads of T queries act as one head of H*T queries. The
+        # whole entry of a token serves as its key, and c alone as its value.
         scores = q.flatten(1, 2) @ memory.mT  # B H*T S
         scores = scores.float().unflatten(1, (H, T))  # B H T S
         if mask is not None:
@@ -709,20 +713,21 @@ class Gate(nn.Module):
 #        alpha * sum_i f_i P_i      f_i: the load of i divided by the average load
 #                                   P_i: mean probability that the router gave to i
 #
-#    expert           i is one of E experts        f_i = E / (K T) * #{tokens that chose i}
-#                     none starves                 P_i = mean_t s_i(t)
-#    device           i is one of G groups         f   = mean of f over the experts of the group
-#                     no device waits for others   P   = sum of P over them
-#    communication    i is one of G groups         f   = G / (M T) * #{tokens sent to the group}
-#                     all receive the same share   P   = as for devices
+# both taken over the T tokens of one sequence; the losses are averaged over the batch.
+#
+#    expert               i is one of E experts        f_i = E / (K T) * #{tokens that chose i}
+#    (aux_loss_alpha)     none starves                 P_i = mean_t s_i(t)
+#    device               i is one of G groups         f   = mean of f over the group's experts
+#    (device_loss_alpha)  no device waits for others   P   = sum of P over them
+#    communication        i is one of G groups         f   = G / (M T) * #{tokens sent to the group}
+#    (comm_loss_alpha)    all receive the same share   P   = as for devices
 #
 # f is a count and has no gradient; P has one. So the router lowers its probabilities most where the
 # load is highest. At perfect balance every f is 1 and P sums to 1, so each loss equals its alpha;
-# the losses of all layers are added. T is the number of tokens in one sequence, and each loss is
-# averaged over the batch. Limited routing bounds what a device sends; the third loss evens out what
-# devices receive. The paper does not say when a token counts as "sent" to a group; here, when the
-# group is among the M that it may reach. V2 uses all three; V2-Lite and the small sizes have one
-# group, and so only the first loss, which is also the only one in the official code.
+# the losses of all layers are added. Limited routing bounds what a device sends; the third loss
+# evens out what devices receive. The paper does not say when a token counts as "sent" to a group;
+# here, when the group is among the M that it may reach. V2 uses all three; V2-Lite and the small
+# sizes have one group, and so only the first loss, which is also the only one in the official code.
 
 
 def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
@@ -738,7 +743,11 @@ def balance_losses(config: Config, routing: Routing) -> dict[str, Tensor]:
         "device_balance": (c.device_loss_alpha, f_group, P_group),  # eq. 26-28
         "communication_balance": (c.comm_loss_alpha, f_sent, P_group),  # eq. 29-31
     }
-    return {name: (a * (f * P).sum(-1)).mean() for name, (a, f, P) in terms.items() if a}
+    return {
+        name: (alpha * (load * probability).sum(-1)).mean()
+        for name, (alpha, load, probability) in terms.items()
+        if alpha
+    }
 
 
 NO_DROP_SHARE = 0.1  # of the sequences, "approximately 10%" ([V2] 2.2.4)
@@ -747,11 +756,11 @@ NO_DROP_SHARE = 0.1  # of the sequences, "approximately 10%" ([V2] 2.2.4)
 def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
     """Weights [B, T, K] with 0 where a device is over its capacity ([V2] 2.2.4).
 
-    Each device takes token_drop_capacity times its average share of the batch's assignments, those
-    of highest affinity first. no_drop [B] marks sequences that lose nothing, so that the model also
-    trains as it is used: without dropping. Where the paper is silent, we chose that capacity counts
-    assignments and that weights are not renormalised. Dropping saves no computation here: the
-    expert still runs, its result gets weight 0, and it still counts in the load.
+    Each device takes token_drop_capacity times its average share of the assignments of this pass,
+    those of highest affinity first. no_drop [B] marks sequences that lose nothing, so that the
+    model also trains as it is used: without dropping. Where the paper is silent, we chose that
+    capacity counts assignments and that weights are not renormalised. Dropping saves no computation
+    here: the expert still runs, its result gets weight 0, and it still counts in the load.
     """
     c = config
     B, T, K = routing.index.shape
@@ -778,7 +787,7 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 #        |        top K of E         |
 #        v              |            |              Shared: what every token needs is learned
 #    E_1  E_2  ... E_E  |            |              once, so that routed experts can specialise.
-#     |    |        |   |            |              A sum of gated MLPs is one wider MLP: N_s * I.
+#     |    |        |   |            |              A sum of gated MLPs is one wider MLP: Ns * I.
 #     +- g_i E_i(x) +<--+            |
 #           |                        |
 #           +-----------> + <--------+
@@ -786,14 +795,14 @@ def drop_tokens(config: Config, routing: Routing, no_drop: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 
 
-# Compiled decoding copies up to FEW times as many experts as a layer has. That costs less than
-# leaving the compiled graph, or than a product for each expert.
+# Compiled decoding copies up to FEW times as many experts as a layer has. With tiny that costs less
+# than leaving the compiled graph, or than a product for each expert.
 FEW = 8
 
 
 def spread(x: Tensor, place: Tensor, size: int) -> Tensor:
     """The rows of x [n, D], each put at its place [n] of a result [size, D]; other rows are zeros.
-    The backward pass only looks rows up, where that of x[place] would add them up one by one."""
+    Its backward pass is a look-up; that of x[place] would be a slow sum over scattered rows."""
     rows = (x.new_empty if len(place) == size else x.new_zeros)(size, x.shape[1])
     return rows.index_put((place,), x)  # unlike index_copy, this does not keep x for backward
 
@@ -847,9 +856,9 @@ class Experts(nn.Module):
         itself waits on GPUs before sm90, and in fp16 or fp32), and torch.compile sees one shape.
         """
         (N, D), K, expert = x.shape, index.shape[1], index.flatten()  # N*K
-        # A CPU prepares a kernel for each number of rows that it meets. Starting runs at multiples
-        # of 32 keeps these numbers few. Rows between the runs are zeros; what the products leave
-        # after the last run is undefined. Neither is taken back.
+        # A CPU prepares a kernel for each number of rows that it meets. To keep these numbers few,
+        # each expert's run of rows is filled up with zeros to a multiple of 32 rows. These, and the
+        # rows after the last run, which the products leave undefined, are not collected.
         block = 32 if x.device.type == "cpu" else 1
         order = expert.argsort(stable=True)  # N*K
         count = torch.zeros(len(gate_up), dtype=torch.long, device=x.device)
@@ -897,7 +906,7 @@ class MoE(nn.Module):
             self.shared_experts = MLP(c, c.n_shared_experts * c.moe_intermediate_size)
 
     def forward(self, x: Tensor, no_drop: Tensor | None = None) -> LayerOutput:
-        """x [B, T, D]; no_drop [B]: the sequences that token dropping spares; None: no dropping."""
+        """x [B, T, D]; no_drop [B]: True for sequences that lose nothing; None: no dropping."""
         c = self.config
         routing = self.gate(x)
         weights, losses = routing.weights, {}
@@ -967,7 +976,8 @@ class Output(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm: ids [B, T] -> [B, T, D], losses by name, expert_load."""
+    """Embedding, blocks, final norm: ids [B, T] -> [B, T, D], losses by name, expert_load. In the
+    official checkpoint its name is `model`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -985,7 +995,8 @@ class Decoder(nn.Module):
         return out
 
     def run_layers(self, ids, context, latents=None, checkpoint_activations=False):
-        """One layer after the other; latents [B, max_length, C] for each are a cache's."""
+        """One layer after the other; latents are a cache's: [B, max_length, C] for each layer.
+        Apart from `forward`, because compiled decoding makes its context by itself."""
         x = self.embed_tokens(ids).float()  # B T D; the sum of many layers can overflow fp16
         dropping = self.training and self.config.token_drop_capacity > 0
         # B; drawn once, so that a sequence is spared by all layers or by none
@@ -1006,7 +1017,7 @@ class Decoder(nn.Module):
 
 class SummedLoss(nn.Module):
     """The cross-entropy of x [n, D] against targets [n] through a head, summed, in nats. It is a
-    module, though without parameters, to be compiled as the blocks are."""
+    module only so that it can be compiled as the blocks are."""
 
     def forward(self, head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(x).float(), targets, reduction="sum")
@@ -1082,22 +1093,19 @@ class DeepSeek(nn.Module):
         resting = routed * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
         return total, total - resting - self.model.embed_tokens.weight.numel()
 
-    def new_cache(
-        self, batch_size: int, max_length: int, dtype: torch.dtype | None = None
-    ) -> LatentCache:
-        """An empty cache for batch_size sequences of up to max_length tokens, in the dtype of
-        the weights unless another is given."""
-        c, weight = self.config, self.lm_head.weight
-        how = dict(dtype=dtype or weight.dtype, device=weight.device)
-        shape = (batch_size, max_length, c.cache_dim)
-        latents = [torch.zeros(shape, **how) for _ in range(c.num_hidden_layers)]
+    def new_cache(self, batch_size: int, max_length: int) -> LatentCache:
+        """An empty cache for batch_size sequences of up to max_length tokens, in the dtype and on
+        the device of the weights."""
+        c, shape = self.config, (batch_size, max_length, self.config.cache_dim)
+        latents = [self.lm_head.weight.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         return LatentCache(latents, [0] * batch_size)
 
     # ------------------------------------------------------------------------------------------
     # 10. Generation. How does the model continue a text?
     #
-    #    Prefill: one pass over the prompts writes their latents into the cache.
-    #    Decoding: one pass with T = 1 per new token reads the cache, normally in absorbed form.
+    #    Prefill: one pass over the prompts writes their latents into the cache. They are padded on
+    #        the right to equal length; then each row's length is reset, which forgets the padding.
+    #    Decoding: one pass with T = 1 per new token reads the cache, in absorbed form.
     #    Compiled, the cache has one of a few fixed lengths, all of it is read, and a mask hides
     #    what is not yet written: up to twice the work of attention, but no shape ever changes.
     # ------------------------------------------------------------------------------------------
@@ -1150,8 +1158,8 @@ class DeepSeek(nn.Module):
         if not logits.isfinite().all():
             advice = "compute in float32, or train at a lower rate"
             raise FloatingPointError(f"the logits are not finite: {advice}")
-        # Rows are padded on the right. Resetting the lengths discards the padding: what it wrote to
-        # the cache lies beyond each row's end, unseen, and is overwritten token by token.
+        # This discards the padding: what it wrote to the cache lies beyond each row's end, where no
+        # token sees it, and is overwritten token by token.
         cache.lengths = lengths
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         decode = self.compiled_decode(cache) if compiled else None
@@ -1162,7 +1170,7 @@ class DeepSeek(nn.Module):
                 token = torch.where(done, stop, token)
                 done = done | (token == stop)
             yield token
-            # A GPU would have to stop for the answer, so it is asked after every eighth token.
+            # To read `done`, the host waits for a GPU: so it does after every eighth token only.
             look = stop is not None and (device.type == "cpu" or i % 8 == 0)
             if i == max_new_tokens or (look and bool(done.all())):
                 return
@@ -1177,14 +1185,15 @@ class DeepSeek(nn.Module):
         which is replayed without waiting for the host."""
         for latents in cache.latents:  # a graph may write to them in place
             torch._dynamo.mark_static_address(latents)
-        # On some GPUs the host has to wait for grouped products, which no graph can record.
+        # With more rows the experts are grouped (see Experts.forward). On some GPUs the host then
+        # waits for their products, which no graph can record.
         assigned = len(cache.lengths) * self.config.num_experts_per_tok
         mode = "reduce-overhead" if assigned <= FEW * self.config.n_routed_experts else None
         return torch.compile(self.decode, dynamic=False, mode=mode)
 
     def decode(self, token: Tensor, position: Tensor, latents: list[Tensor]) -> Tensor:
         """Logits [B, V] after token [B], which stands at position [B] of its row. latents
-        [B, S, C] for each layer are a cache's, and are written to; its lengths stay.
+        [B, S, C] for each layer are a cache's, and are written to; its lengths are not changed.
 
         All S places are attended to, and a mask hides those not yet written. So no shape changes
         from token to token: torch.compile compiles this once, and a GPU replays one graph.
@@ -1215,8 +1224,8 @@ def sample(
         outside = before >= max(top_p, 1e-6)  # the most probable token stays, whatever top_p is
         drop = torch.zeros_like(outside).scatter_(-1, ids, outside)
         logits = logits.masked_fill(drop, -torch.inf)
-    # The largest of p_i / Exp(1) is the i-th with probability p_i. torch.multinomial draws the same
-    # way, but with checks for which a GPU would have to wait.
+    # If each p_i is divided by its own draw from Exp(1), the i-th is the largest with probability
+    # p_i. torch.multinomial draws the same way, but with checks for which a GPU would have to wait.
     race = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / race).argmax(-1)
 
@@ -1236,8 +1245,9 @@ def inference_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 #
 #    W, the base, stays as it is, bit for bit; A and B are trained. B starts at zero, so that
 #    training starts from exactly the base model; A does not, or neither would get a gradient. The
-#    factor alpha / r reduces the retuning needed when r is changed (LoRA, 4.1). Only linear layers
-#    have adapters: the stacked routed experts, the router, the embedding and the norms have none.
+#    factor alpha / r reduces the retuning needed when r is changed (LoRA, 4.1). Any nn.Linear can
+#    have an adapter. By default those of MLA do, and finetune.py adds the dense layers and shared
+#    experts. The routed experts, which are stacked, the router, the embedding and the norms cannot.
 # ----------------------------------------------------------------------------------------------
 
 MLA_PROJECTIONS = (
@@ -1304,7 +1314,7 @@ def add_lora(
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(linear[name], rank, alpha, dropout))
-    model.train(model.training)
+    model.train(model.training)  # the new modules' mode is the model's
     return names
 
 

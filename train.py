@@ -51,8 +51,8 @@ from common.trainer import (
 )
 from deepseek import PRESETS, Config, DeepSeek
 
-# What each size is trained with unless told otherwise; of the official sizes, what the paper says
-# (5.7T and 8.1T tokens), less the growing of V2's batch. muon_lr: the rate with Muon, which is then
+# What each size is trained with unless told otherwise; for the official sizes, the paper's values
+# (5.7T and 8.1T tokens), except that V2's batch does not grow. muon_lr: the rate with Muon, which is then
 # the default; half of it in long runs, as at the full rate some seeds never learn far facts.
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -64,9 +64,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "v2-lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, warmup=2_000, steps=302_000),
     "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }  # fmt: skip
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer tells
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer is known
 LONG = dict(steps=2000, minutes=10)  # a run of more has half of muon_lr
-ROUNDS = 10  # that a recipe goes through a text at most
+ROUNDS = 10  # a recipe goes through a text at most so many times
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def with_recipe(options: Options, base: Config) -> Options:
 
 
 def limit_rounds(options: Options, typed: dict[str, Any], tokens: int) -> Options:
-    """The recipe's steps, cut to ROUNDS times through so many tokens: what a model has read so
-    often, it begins to know by heart."""
+    """The recipe's steps, cut to ROUNDS times through so many tokens: after that, a model begins to
+    know them by heart."""
     if options.steps is None or "steps" in typed:
         return options
     steps = min(options.steps, math.ceil(ROUNDS * tokens / (options.batch_size * options.seq_len)))
@@ -188,7 +188,7 @@ def introduce(trainer: Trainer, corpus: data.Dataset, floor: float | None, memor
 def main() -> None:
     options, typed = parse_flags(Options, __doc__)
     options, state = open_run(options, typed)
-    if state:  # options: as they were typed then, where the tokenizer has rounded vocab_size up
+    if state:  # options hold what was typed; the tokenizer has rounded vocab_size up since
         known = vars(Config.from_dict(state["config"])) | options.config
         for name, value in typed["config"].items():
             if value != known[name]:
@@ -202,7 +202,7 @@ def main() -> None:
     init_distributed(device)
     if state:
         config = Config.from_dict(state["config"])
-    else:  # the vocabulary may become smaller by the text
+    else:  # the text may need a smaller vocabulary
         config = Config.preset(options.size, **SPECIAL | options.config)
         options = with_recipe(options, config)
     check_flags(options, dtype)
@@ -215,7 +215,7 @@ def main() -> None:
 
 
 def train(options: Options, typed: dict[str, Any], state, device, dtype, memory: str) -> None:
-    """Text, model, run, and what is said of them."""
+    """Prepare the text, build the model, train it, and say how it went."""
     torch.manual_seed(options.seed)
     say(options, f"reading  {options.data} (cut into tokens once, then kept)")
     with main_process_first():

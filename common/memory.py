@@ -115,9 +115,9 @@ def plan_pieces(
         pieces = next((n for n in choices if needed(n) <= free), choices[-1])
         least = needed(pieces)
     if least > free:
+        less = " or --seq_len, more --grad_accum, or --checkpoint_activations"
         raise UsageError(
             f"about {least / 2**30:.1f} GiB of memory are needed and {free / 2**30:.1f} GiB are"
-            " free: take a smaller model or --seq_len, more --grad_accum, or"
-            " --checkpoint_activations"
+            f" free: take a smaller model{less if fixed <= free else ''}"
         )
     return pieces, f"about {least / 2**30:.2f} GiB needed, {free / 2**30:.1f} free"

@@ -339,12 +339,12 @@ def test_decoding_is_absorbed_and_a_prompt_expanded_whichever_is_cheaper():
         assert not deepseek.attention_context(config, ids, None, None).absorb
 
 
-def test_a_cache_has_the_size_and_dtype_asked_for_and_is_not_trained_through():
+def test_a_cache_has_the_size_asked_for_and_the_dtype_of_the_weights_and_is_not_trained_through():
     model = random_model(small())
-    cache = model.new_cache(2, 7, torch.bfloat16)
+    cache = model.bfloat16().new_cache(2, 7)
     assert cache.latents[0].dtype == torch.bfloat16 and cache.lengths == [0, 0]
     assert sum(t.nbytes for t in cache.latents) == 3 * 2 * 7 * 28 * 2
-    cache = model.new_cache(1, 7)
+    cache = model.float().new_cache(1, 7)
     model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
     latents = torch.stack(cache.latents)  # 3 layers, 1 row
     assert latents.dtype == torch.float32 and not latents.requires_grad
