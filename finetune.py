@@ -28,16 +28,13 @@ from common.runtime import (
     FREE,
     ROUNDING,
     UsageError,
-    choose_device,
-    choose_dtype,
     flag,
-    init_distributed,
     main_process_first,
-    note_dtype,
     parse_flags,
     rank,
     run_script,
     say,
+    set_up,
 )
 from common.trainer import RunOptions, Trainer, evaluate, open_run, run_lock
 from deepseek import MLA_PROJECTIONS, Config, DeepSeek, add_lora, remove_lora
@@ -145,10 +142,7 @@ def main() -> None:
     if state and scored and state["step"] >= (options.steps or math.inf):
         say(options, f"finished: {state['step']} steps are done; a larger --steps goes on")
         return
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    note_dtype(options, state, dtype)
-    init_distributed(device)
+    device, dtype = set_up(options, state)
     with run_lock(options):
         finetune(options, state, device, dtype)
 

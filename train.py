@@ -27,16 +27,13 @@ from common.optimizers import OPTIMIZERS
 from common.runtime import (
     FREE,
     UsageError,
-    choose_device,
-    choose_dtype,
     flag,
-    init_distributed,
     main_process_first,
-    note_dtype,
     parse_flags,
     refuse_change,
     run_script,
     say,
+    set_up,
     world_size,
 )
 from common.trainer import (
@@ -196,10 +193,7 @@ def main() -> None:
     if state and state["step"] >= (options.steps or math.inf):
         say(options, f"finished: {state['step']} steps are done; a larger --steps goes on")
         return
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    note_dtype(options, state, dtype)
-    init_distributed(device)
+    device, dtype = set_up(options, state)
     if state:
         config = Config.from_dict(state["config"])
     else:  # the text may need a smaller vocabulary

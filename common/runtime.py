@@ -406,14 +406,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def note_dtype(options: Any, state: dict[str, Any] | None, dtype: torch.dtype) -> None:
-    """Say so where a run goes on in another precision than its checkpoint's."""
+def set_up(options: Any, state: dict[str, Any] | None = None) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a run, whose processes meet; state: the checkpoint that it goes on from.
+    Says so where that is of another precision."""
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    init_distributed(device)
     name = str(dtype).removeprefix("torch.")
-    if state and state.get("dtype") != name:
-        say(
-            options,
-            f"note     {name} in place of {state.get('dtype')}: results may round otherwise",
-        )
+    if state and (old := state.get("dtype")) != name:
+        say(options, f"note     {name} in place of {old}: results may round otherwise")
+    return device, dtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

@@ -106,7 +106,7 @@ class RunOptions:
     resume: bool = flag(False, "go on with the run in --out", FREE)
     overwrite: bool = flag(False, "replace the run in --out", FREE)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is the best there", ROUNDING)
-    dtype: str = flag(  # `note_dtype` says what it comes to on another machine
+    dtype: str = flag(  # `set_up` says what it comes to on another machine
         "auto", "of the matrix products; auto is bfloat16 where the machine computes it", FREE,
         choices=["auto", *DTYPES],
     )  # fmt: skip
