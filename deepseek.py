@@ -153,7 +153,7 @@ class Config:
     num_experts_per_tok: int = setting(6, "routed experts that a token uses")
     n_group: int = setting(8, "groups (devices) that the routed experts are divided into", 1)
     topk_group: int = setting(3, "groups that one token may reach", 1)
-    topk_method: str = setting("group_limited_greedy", "or greedy, which ignores groups", "greedy")
+    topk_method: str = setting("group_limited_greedy", "greedy ignores the groups", "greedy")
     norm_topk_prob: bool = setting(False, "normalise the K weights, unscaled", False, LOCAL)
     routed_scaling_factor: float = setting(16.0, "multiplies the weights", 1.0, least=1e-6)
     first_k_dense_replace: int = setting(1, "first layers with a dense feed-forward", 0, least=0)

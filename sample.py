@@ -81,7 +81,12 @@ def main() -> None:
         said = "without --lora, only a model of finetune.py --full answers questions"
         print(f"note: {said}", file=sys.stderr)
     if options.lora is not None:
-        load_lora(model, options.lora)
+        base = load_lora(model, options.lora)
+        if base and Path(base).resolve() != Path(options.ckpt).resolve():
+            said = (
+                f"{options.lora} was trained beside {base}: beside other weights it talks nonsense"
+            )
+            print(f"note: {said}", file=sys.stderr)
         if options.compile:  # or each token would sum the weights anew
             merge_lora(model)
     if options.export is not None:

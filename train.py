@@ -49,11 +49,12 @@ from common.trainer import (
 from deepseek import PRESETS, Config, DeepSeek
 
 # What each size is trained with unless told otherwise; for the official sizes, the paper's values
-# (5.7T and 8.1T tokens), except that V2's batch does not grow. muon_lr: the rate with Muon, which is then
-# the default; half of it in long runs, as at the full rate some seeds never learn far facts.
+# (5.7T and 8.1T tokens), except that V2's batch does not grow. muon_lr: the rates with Muon, which
+# is then the default, in short runs and in long ones (where, at the first, some seeds never find
+# facts that lie far back).
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        batch_size=8, lr=1.5e-3, muon_lr=5e-3, beta2=0.99, schedule="linear", warmup=100,
+        batch_size=8, lr=1.5e-3, muon_lr=(5e-3, 3.5e-3), beta2=0.99, schedule="linear", warmup=100,
         minutes=5.0, induction_init=0.4,
     ),
     "small": dict(batch_size=32, lr=1e-3, warmup=200, steps=5_000),
@@ -62,7 +63,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "v2": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, warmup=2_000, steps=215_000),
 }  # fmt: skip
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}  # until the tokenizer is known
-LONG = dict(steps=2000, minutes=10)  # a run of more has half of muon_lr
 ROUNDS = 10  # a recipe goes through a text at most so many times
 
 
@@ -95,9 +95,8 @@ def with_recipe(options: Options, base: Config) -> Options:
     muon_lr = recipe.pop("muon_lr", None)
     with_muon = muon_lr and not (options.low_memory or options.fsdp)
     recipe["optimizer"] = options.optimizer or ("muon" if with_muon else "adamw")
-    if recipe["optimizer"] == "muon" and muon_lr:
-        is_long = any((getattr(options, name) or 0) > most for name, most in LONG.items())
-        recipe["lr"] = muon_lr / 2 if is_long else muon_lr
+    if recipe["optimizer"] == "muon" and muon_lr and options.lr is None:
+        recipe["lr"], recipe["long_lr"] = muon_lr
     if options.steps or options.minutes:
         recipe |= {"steps": None, "minutes": None}
     recipe["seq_len"] = recipe.get("seq_len", base.max_position_embeddings)
@@ -142,7 +141,7 @@ def check_flags(options: Options, dtype: torch.dtype) -> None:
         raise UsageError("--fsdp shards a model over processes: start them with torchrun")
     if options.optimizer == "muon" and (options.fsdp or options.low_memory):
         raise UsageError("--fsdp and --low_memory do not go with --optimizer muon: leave one out")
-    if options.low_memory and world_size() > 1:
+    if options.low_memory and (options.fsdp or world_size() > 1):
         raise UsageError("--low_memory is for one process: its rounding is random")
     if options.low_memory and dtype == torch.float16:
         raise UsageError("--low_memory keeps weights in bf16, which this card does not compute")

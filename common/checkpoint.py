@@ -66,8 +66,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         ) from error
     except Exception as error:  # zipfile, pickle and torch raise a dozen kinds
         raise UsageError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or not one"
-            " of train.py"
+            f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged, or was not"
+            " written by train.py"
         ) from error
     parts = {"format": int, "model": dict, "config": dict, "tokenizer": str}
     is_ours = isinstance(state, dict) and str(state.get("program")) == "deepseek.py"
@@ -82,7 +82,8 @@ def build_model(state: dict[str, Any]) -> DeepSeek:
     """The model of a checkpoint, on the CPU, in eval mode. Raises UsageError or ConfigError."""
     if state.get("adapters"):
         raise UsageError(
-            "the checkpoint is of adapters alone: give their folder as --lora, their base as --ckpt"
+            "the checkpoint holds adapters alone: give their base as --ckpt, and to sample.py their"
+            " folder as --lora"
         )
     with torch.device("meta"):
         model = DeepSeek(Config.from_dict(state["config"]))

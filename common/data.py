@@ -86,7 +86,7 @@ def find_corpus(source: str) -> tuple[list[Path], int]:
         return files, len(inside) - len(files)
     what = "does not exist"
     if path.exists():
-        what = "is no .txt or .jsonl, nor a folder of such"
+        what = "is no text file of a kind that is read, nor a folder of such"
     raise UsageError(f"data {source!r} {what}: see --data in --help")
 
 

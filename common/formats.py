@@ -78,7 +78,8 @@ def read_json(path: Path, advice: str = "give another folder") -> dict[str, Any]
     try:
         return {} | json.loads(path.read_bytes())  # a TypeError where it is no object
     except (OSError, ValueError, TypeError) as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged"
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        what = "does not exist" if missing else "is damaged"
         raise UsageError(f"{path} {what}: {advice}") from error
 
 
@@ -328,9 +329,10 @@ def save_lora(model: DeepSeek, folder: str | Path, base: str | None = None) -> N
     write_json(record, Path(folder) / "adapter_config.json")
 
 
-def load_lora(model: DeepSeek, folder: str | Path) -> None:
-    """Freeze the model and give it the adapters of a folder written by `save_lora` or by PEFT.
-    Raises UsageError for a damaged file, another kind of adapter, or one of another base."""
+def load_lora(model: DeepSeek, folder: str | Path) -> str | None:
+    """Freeze the model and give it the adapters of a folder written by `save_lora` or by PEFT; the
+    base that these name, if any. Raises UsageError for a damaged file, another kind of adapter, or
+    one that does not fit."""
     record = read_json(Path(folder) / "adapter_config.json")
     for name, value in record.items():
         if name not in PEFT_FREE and value not in PEFT_ONLY.get(name, [None, False, {}, []]):
@@ -353,6 +355,9 @@ def load_lora(model: DeepSeek, folder: str | Path) -> None:
     for name in names:
         rows, columns = linear[name].weight.shape
         asked |= {f"{name}.lora_A.weight": [rank, columns], f"{name}.lora_B.weight": [rows, rank]}
-    check_fit(folder, state, asked, "give the adapters' own base, and those of linear layers only")
+    base = record.get("base_model_name_or_path")
+    advice = f"give its own base ({base}), and adapters of linear layers only"
+    check_fit(folder, state, asked, advice)
     add_lora(model, rank, alpha, names, dropout)
     model.load_state_dict(state, strict=False)
+    return base

@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
 def parse_flags(
@@ -217,6 +217,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 def config_value(kind: Any) -> Callable[[str], list]:
     """An argparse type for a field of Config: [value], as None is a value too."""
+    wanted = {bool: "true or false", float: "a number", dict | None: "JSON, or none"}
 
     def convert(text: str):
         try:
@@ -228,7 +229,8 @@ def config_value(kind: Any) -> Callable[[str], list]:
                 return [json.loads(text)]
             return [(int if kind == int | None else kind)(text)]
         except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"invalid value {text!r}") from None
+            what = wanted.get(kind, "a whole number")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
     return convert
 

@@ -60,6 +60,7 @@ from deepseek import DeepSeek
 SAVE_MINUTES = 15  # a checkpoint is never older
 DRAW_MINUTES = 1  # between two drawings of the curves
 SMALL_PIECE = 8192  # tokens of a process; with fewer, a card waits for the CPU
+LONG_RUN = 2000  # a run of more steps takes a recipe's long_lr, if it has one
 SKIPS_IN_A_ROW = 5  # steps with a loss that is not finite, which end a run
 RUN_FILES = [  # what a run may leave in --out
     *("ckpt.pt", "log.jsonl", "curves.png", "best.pt"),
@@ -81,6 +82,7 @@ class RunOptions:
         None, "pieces that a batch is cut into (default: the recipe's)", ROUNDING, low=1
     )
     lr: float | None = flag(None, "highest rate (default: the recipe's)", low=0, above=True)
+    long_lr: float | None = None  # in place of lr in a run of more than LONG_RUN steps; no flag
     warmup: int | None = flag(None, "steps of linear warm-up (default: the recipe's)", low=0)
     schedule: str | None = flag(
         None,
@@ -196,7 +198,7 @@ def choose_compile(options: RunOptions, device, dtype) -> tuple[bool, str]:
     """Whether to use torch.compile, and why."""
     if options.compile != "auto":
         return options.compile == "on", "--compile on"
-    if (options.minutes or 0) < 3 and (options.steps or 0) < 1000:
+    if (options.minutes or 0) < 4 and (options.steps or 0) < 1000:
         return False, "a short run"
     if dtype == torch.float32:  # grouped products are not traced then
         return False, "it gains little in fp32"
@@ -465,10 +467,11 @@ class Trainer:
     def train_step(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Any], Tensor]:
         """One optimizer step on a batch [B, T]: log record, expert load."""
         began = time.perf_counter()
-        lr = learning_rate(
-            self.step, self.steps or 10**9, self.options.lr, self.options.warmup,
-            self.options.schedule,
-        )  # fmt: skip
+        options, peak = self.options, self.options.lr
+        if options.long_lr and self.steps and self.steps > LONG_RUN:
+            peak = options.long_lr
+        steps = self.steps or 10**9  # while they are not known, the rate still rises
+        lr = learning_rate(self.step, steps, peak, options.warmup, options.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         while (got := self.forward_backward(self.forward, inputs, targets)) is None:
@@ -724,6 +727,9 @@ class Trainer:
                     more = max(1, int(left / pace))
                     self.steps = self.step + int(self.agree(more if rank() == 0 else 0))
                     bar.total = self.steps
+                    if self.steps < (options.warmup or 0):
+                        fit = f"only {self.steps} steps fit into --minutes {options.minutes}"
+                        say(options, f"note     {fit}, so the rate stays low: give more")
                 last = self.step == self.steps
                 every = options.eval_every or max(1, (self.steps or 10**9) // 10)
                 if last or self.step % every == 0:
@@ -742,13 +748,11 @@ class Trainer:
                     if not quiet:
                         left = ""
                         if self.steps:
-                            pace = (time.perf_counter() - began) / (self.step - first)
-                            left = tqdm.format_interval(pace * (self.steps - self.step))
-                            left = f", {left} left"
-                        bar.write(f"step {self.step}: {describe(record)}{left} | {said}")
-                due = last or self.stop or self.overdue
-                due = due or self.step % (options.save_every or every) == 0
-                if due and not self.skipped_steps:
+                            left = statistics.mean(seconds) * (self.steps - self.step)
+                            left = f", {tqdm.format_interval(left)} left"
+                        bar.write(f"step {self.step}: {describe(record)}{left} | it writes: {said}")
+                due = self.overdue or self.step % (options.save_every or every) == 0
+                if last or self.stop or (due and not self.skipped_steps):
                     self.save()
                 if "val_loss" in record:
                     self.draw(always=False)

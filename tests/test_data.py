@@ -150,7 +150,7 @@ def test_bytes_are_those_of_the_text_also_where_tokens_were_added():
         ("a.jsonl", b'{"text": 5}', "row 1 lacks"),
         ("a.jsonl", b'{"text": "\\ud800"}', "row 1 lacks .* surrogates"),
         ("a.json", b'[{"text": "a"},\n{"text"', "a.json is not JSON .*line 2"),
-        ("a.csv", b"a", "a.csv' is no .txt or .jsonl"),
+        ("a.csv", b"a", "a.csv' is no text file of a kind that is read"),
     ],
 )
 def test_unusable_data_is_answered_with_a_sentence(tmp_path, name, content, message):

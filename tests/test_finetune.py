@@ -14,7 +14,7 @@ from conftest import MODEL, log_of, random_model, same, small
 import finetune
 from common import chat, checkpoint, data, lessons, rehearsal, stories
 from common.runtime import UsageError
-from deepseek import Config
+from deepseek import Config, DeepSeek, LoRALinear
 
 PAIRS = [(f"How big is cat {n}?", f"Cat {n} is {'big' if n % 2 else 'small'}.") for n in range(120)]
 DIALOGUES = [chat.Dialogue([pair]) for pair in PAIRS]
@@ -240,6 +240,10 @@ def test_a_run_learns_and_the_best_is_kept(run, trained, cats, tmp_path, full):
     for adapters in (out, out / "ckpt.pt"):
         code, _, err = run(f"sample --ckpt {adapters} --prompt a")
         assert code == 2 and "adapters alone: give" in err and err.count("\n") == 1
+    run(f"sample --ckpt {trained} --dtype bfloat16 --export {tmp_path}/other.pt")
+    assert (
+        "was trained beside" in run(f"sample --ckpt {tmp_path}/other.pt --lora {out} {prompt}")[2]
+    )
     assert run(f"sample {place} --export {tmp_path}/hf")[0] == 0
     assert run(f"sample --ckpt {tmp_path}/hf {prompt}")[1] == said
     record = json.loads((out / "adapter_config.json").read_text())
@@ -341,6 +345,56 @@ def test_the_recipe_is_for_what_was_not_typed(trained, cats):
     _, options = read_lesson(trained, data=str(cats), full=True)
     assert (options.steps, options.warmup) == (6, 0)  # a few instructions are not all warm-up
     assert options.lr == finetune.FULL_RECIPE["lr"] != finetune.RECIPE["lr"]
+
+
+def test_rows_of_a_model_with_a_long_context_are_no_longer_than_4096():
+    assert finetune.with_recipe(finetune.Options(), Config.preset("v2")).seq_len == 4096
+
+
+def test_rehearsal_keeps_the_ends_of_documents(monkeypatch):
+    said = [torch.full([100], i) for i in (5, 6, 1, 7)]  # 1 = eos
+    monkeypatch.setattr(DeepSeek, "generate", lambda *_, **__: iter(said))
+    base, tokenizer = random_model(small(vocab_size=320)), data.train_tokenizer(["a b c"], 258)
+    keep = rehearsal.Rehearsal(base, tokenizer, 2, 6, 0)
+    assert keep.ids[0, :3].tolist() == [0, 5, 6] and keep.real.sum(1).unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("flags", ["--full --dtype bfloat16", "--dtype float32"])
+def test_a_base_in_bf16_is_trained_or_computed_with_in_fp32(
+    run, trained, cats, tmp_path, monkeypatch, flags
+):
+    assert run(f"sample --ckpt {trained} --dtype bfloat16 --export {tmp_path}/half.pt")[0] == 0
+    opened, real = [], finetune.open_model
+    monkeypatch.setattr(finetune, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    line = f"finetune --ckpt {tmp_path}/half.pt --data {cats} --rehearsal 0 --steps 1"
+    assert run(f"{line} --batch_size 4 --out {tmp_path}/o {flags}")[0] == 0
+    assert {p.dtype for p in opened[0][0].parameters()} == {torch.float32}
+
+
+def test_adapters_drop_out_as_asked_and_need_memory_for_what_is_trained(
+    run, trained, cats, tmp_path, monkeypatch
+):
+    runs, fixed, real = [], [], finetune.plan_pieces
+    monkeypatch.setattr(
+        finetune, "plan_pieces", lambda o, c, more, *a: fixed.append(more) or real(o, c, more, *a)
+    )
+    stop = lambda self, *_: runs.append(self) or setattr(self, "stop", True)  # noqa: E731
+    monkeypatch.setattr(finetune.Trainer, "fit", stop)
+    line = f"finetune --ckpt {trained} --data {cats} --rehearsal 0 --dropout 0.25"
+    assert run(f"{line} --steps 3 --out {tmp_path}/o")[0] == 0
+    model = runs[0].model
+    assert {m.dropout.p for m in model.modules() if isinstance(m, LoRALinear)} == {0.25}
+    assert fixed == [3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)]
+
+
+def test_a_full_run_is_not_resumed_from_a_part_of_its_model(run, trained, cats, tmp_path):
+    line = f"finetune --ckpt {trained} --data {cats} --rehearsal 0 --full --batch_size 4"
+    assert run(f"{line} --steps 1 --out {tmp_path}/o")[0] == 0
+    state = checkpoint.load_checkpoint(tmp_path / "o/ckpt.pt", mmap=False)
+    del state["model"]["lm_head.weight"]
+    checkpoint.save_checkpoint(tmp_path / "o/ckpt.pt", state)
+    code, _, err = run(f"finetune --resume --steps 2 --out {tmp_path}/o")
+    assert code == 2 and "does not fit its base" in err
 
 
 def test_answers_are_greedy_to_eos_also_many_at_a_time(trained, tokenizer, monkeypatch):

@@ -11,6 +11,7 @@ from conftest import MODEL, log_of, random_model, same, small
 
 import train
 from common import data, memory, trainer
+from common.optimizers import make_optimizer
 from common.runtime import UsageError
 from deepseek import Config, DeepSeek
 
@@ -145,6 +146,44 @@ def test_moments_are_there_before_the_first_step_and_change_nothing(tmp_path, op
         card.run.fit_memory(*batch_at(0))
 
 
+def test_trying_and_compiling_change_neither_moments_nor_random_numbers(tmp_path):
+    card = Card(tmp_path / "a")
+    card.run.train_step(*batch_at(0))  # as a resumed run has moments already
+    moments = copy.deepcopy(card.run.optimizer.state_dict()["state"])
+    numbers = torch.get_rng_state()
+    for work in (card.run.fit_memory, card.run.compile_now):
+        work(*batch_at(1))
+        assert same(card.run.optimizer.state_dict()["state"], moments)
+        assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_moments_of_little_memory_begin_at_the_first_step(tmp_path):
+    tried, plain = (Card(tmp_path / name, low_memory=True) for name in "ab")
+    for card in (tried, plain):
+        card.model.bfloat16()
+    tried.run.fit_memory(*batch_at(0))
+    for card in (tried, plain):
+        torch.manual_seed(0)
+        card.run.train_step(*batch_at(0))
+    assert same(tried.model.state_dict(), plain.model.state_dict())
+
+
+def test_all_processes_take_less_when_one_fails_and_none_waits_while_trying(tmp_path, any_piece):
+    card, others = Card(tmp_path / "a"), iter([1.0, 0.0])
+    card.run.forward = Mock(side_effect=AssertionError)  # which exchanges gradients
+    card.run.agree = lambda value: value + next(others)
+    card.run.fit_memory(*batch_at(0))
+    assert card.run.options.grad_accum == 2
+
+
+def test_one_of_several_that_outgrows_its_memory_later_ends_the_run(tmp_path, monkeypatch):
+    card = Card(tmp_path / "a")
+    card.fails(lambda *_: True)
+    monkeypatch.setattr(trainer, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="--grad_accum 1:"):
+        card.run.train_step(*batch_at(0))
+
+
 def test_moments_that_were_made_in_part_are_made_again(tmp_path):
     card = Card(tmp_path / "a")
     real, parameters = card.run.optimizer.step, list(card.model.parameters())
@@ -214,6 +253,44 @@ def test_on_a_cpu_the_estimate_chooses_the_pieces(processes, pieces, monkeypatch
         memory.plan_pieces(options, config, 10**6, CPU, torch.float32)
 
 
+def pieces_with(monkeypatch, free, fixed, processes, device=CPU, **flags):
+    monkeypatch.setattr(memory, "world_size", lambda: processes)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    options = train.Options(batch_size=64, seq_len=256, **flags)
+    return memory.plan_pieces(options, Config.preset("tiny"), fixed, device, torch.float32)[0]
+
+
+@pytest.mark.parametrize("less", [False, True])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_byte_less_takes_one_piece_more(monkeypatch, processes, less):
+    config, rows = Config.preset("tiny"), 64 // processes
+    each = memory.activation_memory(config, rows, 256, less, torch.float32) + 10**6
+    for free, pieces in ((processes * each, 1), (processes * each - 1, 2)):
+        assert pieces == pieces_with(
+            monkeypatch, free, 10**6, processes, checkpoint_activations=less
+        )
+
+
+def test_sharded_processes_share_what_is_fixed(monkeypatch):
+    card = torch.device("cuda", 0)
+    pieces_with(monkeypatch, 10**11, 15 * 10**10, 2, card, fsdp=True)
+    with pytest.raises(UsageError):
+        pieces_with(monkeypatch, 10**11, 15 * 10**10, 2, card)
+
+
+def test_what_is_fixed_is_what_a_step_leaves_in_memory():
+    model = random_model(small()).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    adamw = make_optimizer(model, 0.01, 0.1, 0.95)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(ids, ids).loss.backward()
+    adamw.step()
+    moments = [t for state in adamw.state.values() for t in state.values() if t.dim()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    left = sum(t.nbytes for t in [*model.parameters(), *gradients, *moments])
+    assert memory.fixed_memory(model) == left
+
+
 def test_on_a_card_it_begins_with_the_whole_batch_unless_it_is_sharded(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 6 * 10**8)
     monkeypatch.setattr(memory, "world_size", lambda: 2)
@@ -233,6 +310,10 @@ def test_a_container_has_the_memory_that_its_limit_leaves(tmp_path, monkeypatch)
     assert memory.free_memory(CPU) == 2**27
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_memory(CPU) > 2**28
+    (tmp_path / "memory").mkdir()  # as older systems tell it
+    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{2**28}\n")
+    (tmp_path / "memory/memory.stat").write_text(f"cache 5\nrss 7\ntotal_rss {2**26}\n")
+    assert memory.free_memory(CPU) == 3 * 2**26
 
 
 def test_a_model_that_cannot_fit_is_refused_before_any_text_is_read(run, monkeypatch, tmp_path):

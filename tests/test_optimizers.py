@@ -133,6 +133,21 @@ def test_a_gradient_out_of_the_range_of_fp16_leaves_muon_as_it_was():
 # --- weights and moments in bf16 ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon", "low_memory"])
+def test_every_optimizer_has_the_betas_asked_for(kind):
+    made = make_optimizer(random_model(small()), 0.01, 0.1, 0.7, kind)
+    assert {group["betas"] for group in made.param_groups} == {(0.9, 0.7)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-17])
+def test_a_first_step_for_little_memory_has_the_size_of_the_rate_however_small_gradients_are(scale):
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(1, 64, dtype=torch.bfloat16))
+    layer.weight.grad = torch.full((1, 64), scale, dtype=torch.bfloat16)
+    make_optimizer(layer, 0.01, 0.0, 0.95, "low_memory").step()
+    assert layer.weight.float().mean().item() == pytest.approx(-0.01, rel=0.01)
+
+
 def test_rounding_at_random_is_right_in_the_mean_and_takes_a_neighbour():
     torch.manual_seed(0)
     x = torch.tensor([1.001, -3.3, 2e-30, 65000.0, 0.0])

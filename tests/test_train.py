@@ -1,10 +1,12 @@
 """A run of training: what it learns, leaves and says; its steps, evaluation, recipes, memory."""
 
+import copy
 import itertools
 import math
 import signal
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -73,9 +75,18 @@ def test_a_run_learns_and_leaves_what_it_promises(run, corpus, tmp_path):
 
 
 def test_minutes_fixes_the_number_of_steps(run, corpus, tmp_path):
-    code, _, _ = run(f"train {MODEL} --data {corpus} --minutes 0.001 --out {tmp_path}/o")
+    code, out, _ = run(f"train {MODEL} --data {corpus} --minutes 0.001 --out {tmp_path}/o")
+    assert "only 21 steps fit into --minutes 0.001, so the rate stays low" in out
     state = load(tmp_path / "o")
     assert code == 0 and state["step"] == state["args"]["steps"] == 21
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_minutes_of_a_run_resumed_before_they_were_measured_are_measured_again(trained, tmp_path):
+    run = small_trainer(tmp_path, trained, steps=None, minutes=0.001)
+    run.step = 15
+    fit(run)
+    assert run.step == run.steps == 36
 
 
 @pytest.mark.parametrize("rehearsing, least", [(0.0, 0.8), (0.4, 0.7)])  # in every fourth step
@@ -183,6 +194,53 @@ def test_a_step_that_is_not_finite_is_left_out_and_five_end_the_run(
     assert not same(before[2], before[3])
     assert "step 2: loss or gradient not finite, left out" in capsys.readouterr().err
     assert load(tmp_path)["step"] == 4  # nothing is saved between steps left out
+
+
+def test_a_gradient_out_of_the_range_of_fp16_only_scales_less_the_next_time(trained, tmp_path):
+    run = small_trainer(tmp_path, trained)
+    run.scaler, forward = torch.amp.GradScaler("cpu", init_scale=1024.0), run.forward
+    before = copy.deepcopy(run.model.state_dict())
+
+    def overflowing(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.losses["cross_entropy"].register_hook(lambda gradient: gradient * math.inf)
+        return out
+
+    run.forward = overflowing
+    record, _ = run.train_step(*batch_at(0))
+    assert "skipped" not in record and run.scaler.get_scale() == 512.0
+    assert same(run.model.state_dict(), before)
+
+
+def test_the_load_of_experts_is_a_share_whatever_the_pieces(trained, tmp_path):
+    whole, pieces = (
+        small_trainer(tmp_path / str(n), trained, grad_accum=n).train_step(*batch_at(0))[1]
+        for n in (1, 2)
+    )
+    assert torch.allclose(whole, pieces, atol=1e-6)
+    assert torch.allclose(whole.sum(1), torch.ones(len(whole)))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_stopped_before_its_first_step_or_by_one_left_out_is_saved(trained, tmp_path):
+    def evaluate():
+        if run.step == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return {"val_loss": 1.0}
+
+    run = small_trainer(tmp_path / "first", trained)
+    fit(run, evaluate)
+    assert run.step == 0 and load(tmp_path / "first")["step"] == 0
+
+    def get_batch(step):
+        signal.raise_signal(signal.SIGTERM)
+        return batch_at(step)
+
+    run = small_trainer(tmp_path / "left_out", trained)
+    run.scaler = Mock(wraps=run.scaler, is_enabled=lambda: False)
+    run.model.lm_head.weight.data.fill_(math.nan)
+    fit(run, get_batch=get_batch)
+    assert run.skipped_steps == 1 and load(tmp_path / "left_out")["step"] == 1
 
 
 def test_fit_trains_in_training_mode_and_keeps_the_best_also_of_before_a_resume(trained, tmp_path):
@@ -330,14 +388,51 @@ def test_the_recipe_fills_in_what_was_not_typed():
     for typed in (dict(low_memory=True), dict(fsdp=True), dict(optimizer="adamw")):
         assert options_of(**typed).optimizer == "adamw" and options_of(**typed).lr == 1.5e-3
     assert options_of(size="1b", optimizer="muon").lr == options_of(size="1b").lr
-    for length, rate in (
-        (dict(steps=2000), 5e-3),
-        (dict(steps=2001), 2.5e-3),
-        (dict(minutes=10), 5e-3),
-        (dict(minutes=10.1), 2.5e-3),
-    ):
-        assert options_of(**length).lr == rate and options_of(lr=4e-3, **length).lr == 4e-3
-        assert options_of(optimizer="adamw", **length).lr == 1.5e-3
+    assert options_of().long_lr == 3.5e-3
+    for typed in (dict(lr=4e-3), dict(optimizer="adamw"), dict(size="1b", optimizer="muon")):
+        assert options_of(**typed).long_lr is None
+
+
+def test_a_long_run_has_a_lower_rate_also_when_its_length_is_found_by_minutes(trained, tmp_path):
+    flags = dict(lr=0.4, long_lr=0.1, warmup=0, schedule="linear")
+    for steps, rate in ((None, 0.4), (2000, 0.4), (2001, 0.1)):
+        run = small_trainer(tmp_path / str(steps), trained, steps=steps, **flags)
+        assert run.train_step(*batch_at(0))[0]["lr"] == rate
+    run = small_trainer(tmp_path / "b", trained, steps=2001, **flags | dict(long_lr=None))
+    assert run.train_step(*batch_at(0))[0]["lr"] == 0.4
+
+
+def test_what_was_typed_and_the_official_context_of_training_are_kept():
+    for typed in ({}, dict(checkpoint_activations=True)):
+        assert options_of(**typed).checkpoint_activations == bool(typed)
+    assert options_of(size="v2").seq_len == options_of(size="v2-lite").seq_len == 4096
+    tokenizer = Mock(get_vocab_size=lambda: 257, token_to_id=lambda name: 0)
+    options = options_of(seq_len=48, config={"vocab_size": 300})
+    config = train.choose_config(options, tokenizer)
+    assert (config.vocab_size, config.max_position_embeddings) == (320, 48)
+
+
+def test_flags_that_do_not_go_together_are_refused(monkeypatch):
+    low = options_of(low_memory=True)
+    train.check_flags(low, torch.bfloat16)
+    with pytest.raises(UsageError, match="this card does not compute"):
+        train.check_flags(low, torch.float16)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    with pytest.raises(UsageError, match="do not go with --optimizer muon"):
+        train.check_flags(options_of(fsdp=True, optimizer="muon"), torch.bfloat16)
+    with pytest.raises(UsageError, match="--low_memory is for one process"):
+        train.check_flags(options_of(fsdp=True, low_memory=True), torch.bfloat16)
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="--low_memory is for one process"):
+        train.check_flags(low, torch.bfloat16)
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(run, trained, tmp_path):
+    state = load(trained.parent)
+    other = state["tokenizer"].replace('"version":"1.0"', '"version": "1.0"')
+    checkpoint.save_checkpoint(tmp_path / "ckpt.pt", state | {"tokenizer": other})
+    code, _, err = run(f"train --resume --steps 3 --out {tmp_path}")
+    assert other != state["tokenizer"] and code == 2 and "cuts the text otherwise" in err
 
 
 def test_a_run_has_the_optimizer_that_its_flags_name(trained, tmp_path):
@@ -414,6 +509,6 @@ def test_auto_compiles_what_is_long_enough_and_gains():
         return trainer.choose_compile(train.Options(**flags), device, dtype)[0]
 
     assert chosen(minutes=5.0) and chosen(steps=1000) and chosen(steps=1, compile="on")
-    assert not chosen(minutes=1.0) and not chosen(steps=999)
+    assert chosen(minutes=4.0) and not chosen(minutes=3.9) and not chosen(steps=999)
     assert not chosen(steps=1000, compile="off") and not chosen(torch.float32, steps=1000)
     assert not chosen(steps=1000, device=torch.device("mps"))
