@@ -339,6 +339,16 @@ def test_decoding_is_absorbed_and_a_prompt_expanded_whichever_is_cheaper():
         assert not deepseek.attention_context(config, ids, None, None).absorb
 
 
+def test_absorbed_scores_stay_within_the_range_of_fp16_at_the_widths_of_v2():
+    mla = deepseek.MLA(Config.preset("v2-lite", num_attention_heads=2, hidden_size=64)).half()
+    torch.manual_seed(0)
+    w_uk = mla.kv_b_proj.weight.data.normal_(0, 0.1).unflatten(0, (2, -1))[:, :128]
+    q_nope, q_pe = (100 * torch.randn(1, 8, 2, n).half() for n in (128, 64))
+    memory = 8 * torch.randn(1, 64, 576).half()
+    assert (q_nope.transpose(1, 2) @ w_uk @ memory[..., :512].mT).isinf().any()  # if not scaled
+    assert mla.absorbed(q_nope, q_pe, memory, None).isfinite().all()
+
+
 def test_a_cache_has_the_size_asked_for_and_the_dtype_of_the_weights_and_is_not_trained_through():
     model = random_model(small())
     cache = model.bfloat16().new_cache(2, 7)
