@@ -661,8 +661,8 @@ class Trainer:
         return all_reduce_sum(torch.tensor(float(value), device=self.device)).item()
 
     def maybe_no_sync(self, forward, skip: bool):
-        """The context of a backward pass after which the processes need not exchange gradients. With
-        --fsdp they always do: each would have to keep whole gradients until they did."""
+        """The context of a backward pass after which the processes need not exchange gradients.
+        With --fsdp they always do: each would have to keep whole gradients until they did."""
         return forward.no_sync() if skip and hasattr(forward, "no_sync") else nullcontext()
 
     @contextmanager
