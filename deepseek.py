@@ -489,9 +489,11 @@ def attention_context(
         raise ValueError(f"{end} tokens do not fit: the model's context ends at {limit}")
     if cache and end > cache.latents[0].shape[1]:
         raise ValueError(f"{end} tokens do not fit: the cache ends at {cache.latents[0].shape[1]}")
+    positions = torch.arange(start, start + T, device=ids.device)[None]  # 1 T
     ragged = start + T < end  # rows of different length
-    first = torch.tensor(lengths if ragged else [start], device=ids.device)[:, None]  # B or 1, 1
-    positions = first + torch.arange(T, device=ids.device)  # [B or 1, T]
+    if ragged:
+        first = torch.tensor(lengths, device=ids.device)[:, None]  # B 1
+        positions = first + torch.arange(T, device=ids.device)  # B T
     if absorb is None:
         absorb = cache is not None and absorbing_is_cheaper(config, T, end)
     mask = None
