@@ -424,8 +424,8 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #        each pair of a query and a key                   2 R + dr = 1,088    dn + dr + dv = 320
 #        W_UK and W_UV, R (dn + dv) = 131,072             for each query      for each key
 #        1 query over 4,096 keys (decoding)               4.6M                538M
-#        4,096 queries over 4,096 keys (a prompt;
-#            causality hides half of the pairs)           18.8G               5.9G
+#        4,096 queries over 4,096 keys (a prompt, with
+#            the half that causality masks)               18.8G               5.9G
 #    So absorbing pays for fewer than 131,072 / (1,088 - 320) = 170 queries over a long cache: V2
 #    decodes absorbed and reads a prompt expanded. Decoding is also bound by memory reads; absorbed
 #    reads 576 numbers per cached token, where ordinary attention would read 32,768.
