@@ -408,7 +408,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def set_up(options: Any, state: dict[str, Any] | None = None) -> tuple[torch.device, torch.dtype]:
+def set_up(options: Any, state: dict[str, Any] | None) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a run, whose processes meet; state: the checkpoint that it goes on from.
     Says so where that is of another precision."""
     device = choose_device(options.device)
